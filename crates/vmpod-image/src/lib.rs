@@ -1,1 +1,36 @@
-//! vmpod-image
+//! Virtual machine images as OCI artifacts: formats, registries, the local store and its copy-on-write clones.
+//!
+//! ```text
+//! registry ─┐
+//! OCI layout ├─ format → Plan → pull pipeline ─┐
+//! raw, qcow2 ┴───────────── ingest ────────────┴→ Store ─→ clone (reflink or qcow2 overlay)
+//!                                                  └─→ push, export
+//! ```
+//!
+//! Nothing here knows Kubernetes or a hypervisor. An image is visible in the [`Store`] only when every byte of it was
+//! verified.
+
+mod config;
+mod credentials;
+mod digest;
+mod image;
+mod import;
+pub mod media;
+mod progress;
+mod pull;
+mod push;
+mod reference;
+mod store;
+
+pub use config::{
+    Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind, UnknownName,
+};
+pub use credentials::{Credential, Credentials, CredentialsError, Secret};
+pub use digest::{Digest, DigestError};
+pub use image::{ClonedBoot, ClonedDisk, ClonedImage, DiskFormat, Image};
+pub use import::{ImportError, ImportOptions, Source, export_oci_layout, import};
+pub use progress::{Bytes, Meter, Phase, Progress};
+pub use pull::{PullError, PullOptions, pull};
+pub use push::{PushError, PushOptions, push};
+pub use reference::{Reference, ReferenceError};
+pub use store::{Holder, Store, StoreError};
