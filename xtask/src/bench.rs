@@ -1,0 +1,25 @@
+//! `cargo xtask bench NAME`: figures, never pass or fail.
+//!
+//! A benchmark prints a table for people and, as its last line, one JSON object. What is compared
+//! is measured in the same run, in turns, so that a busy machine is busy for both.
+
+use std::path::Path;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+/// The benchmarks.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Name {
+    /// Pod created → exec answers, over the same QEMU started by hand and polled by ssh
+    PodStart,
+}
+
+/// Runs one benchmark.
+pub(crate) fn run(name: Name, quick: bool, root: &Path) -> Result<()> {
+    match name {
+        Name::PodStart => pod_start::run(quick, root),
+    }
+}
+
+mod pod_start;
