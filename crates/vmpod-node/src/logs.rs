@@ -1,0 +1,35 @@
+//! Container logs: one file per attempt in the CRI format, written crash-exactly, rotated, and read with all of
+//! the kubelet's parameters.
+//!
+//! A line is `RFC3339Nano stdout|stderr TAG CONTENT`. The tag is `F` (a whole line) or `P` (a part of one),
+//! followed by a second, colon-separated tag of our own that says how far the source was consumed when the
+//! record was written: see [`record`]. The CRI format allows such tags, and its readers ignore them.
+
+mod files;
+pub mod record;
+pub mod writer;
+
+pub use record::{Position, Record, Stream};
+pub use writer::{Limits, LogError, Progress, Writer};
+
+use std::path::PathBuf;
+
+use tokio::sync::watch;
+
+/// Where a container attempt's log is, and how one learns that it grows.
+#[derive(Clone, Debug)]
+pub struct LogFile {
+    /// The current file; rotated ones are beside it.
+    pub path: PathBuf,
+    /// Who writes it. `None`: nobody any more, the attempt has ended and all its output is in the file.
+    pub live: Option<Live>,
+}
+
+/// The writer of a log that may still grow.
+#[derive(Clone, Debug)]
+pub enum Live {
+    /// A [`Writer`] in this process: [`Writer::progress`].
+    Writer(watch::Receiver<Progress>),
+    /// Another process. The value becomes true when the attempt has ended and everything is written.
+    Process(watch::Receiver<bool>),
+}
