@@ -5,6 +5,7 @@
 
 mod directions;
 mod files;
+mod licences;
 mod words;
 
 use std::collections::BTreeMap;
@@ -42,8 +43,8 @@ impl fmt::Display for Finding {
 /// Checks the repository at `root` and lists every finding before it fails.
 pub(crate) fn run(root: &Path) -> Result<()> {
     let tree = tracked(root)?;
-    let metadata = metadata(root)?;
-    let mut findings = directions::check(&metadata);
+    let mut findings = directions::check(&metadata(root, &["--no-deps"])?);
+    findings.extend(licences::check(&metadata(root, &[])?));
     findings.extend(files::check(&tree));
     findings.extend(words::check(&tree));
     findings.sort();
@@ -79,10 +80,11 @@ fn tracked(root: &Path) -> Result<Tree> {
     Ok(tree)
 }
 
-fn metadata(root: &Path) -> Result<serde_json::Value> {
+fn metadata(root: &Path, more: &[&str]) -> Result<serde_json::Value> {
     let text = output(
         Command::new("cargo")
-            .args(["metadata", "--format-version=1", "--no-deps", "--locked"])
+            .args(["metadata", "--format-version=1", "--locked"])
+            .args(more)
             .current_dir(root),
     )?;
     serde_json::from_str(&text).context("cargo metadata printed no JSON")
