@@ -1,2 +1,91 @@
-//! The command line.
-fn main() {}
+//! The command line: arguments in, other crates' work put together, results out.
+
+mod args;
+mod home;
+mod image;
+mod logging;
+mod output;
+mod report;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use clap::{CommandFactory as _, Parser as _};
+use serde::Serialize;
+
+use args::{Cli, Command, Format};
+use home::Home;
+use logging::Level;
+use report::{BEFORE_COMMAND, Exit};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let failed = match cli.command {
+        // Their own failures must not be taken for the command's.
+        Command::Run(_) | Command::Exec(_) => ExitCode::from(BEFORE_COMMAND),
+        _ => ExitCode::FAILURE,
+    };
+    match start(cli) {
+        Ok(exit) => exit.into(),
+        Err(error) => {
+            report::print(&error);
+            failed
+        }
+    }
+}
+
+/// Makes what every command needs and runs it.
+fn start(cli: Cli) -> Result<Exit> {
+    let level = match cli.command {
+        Command::Up(_) | Command::Node(_) => Level::Service,
+        _ => Level::Command,
+    };
+    logging::start(cli.global.log.as_deref(), cli.global.log_format, level)?;
+    // One provider of cryptography for the process; libraries panic when none was chosen.
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        tracing::debug!("a provider of cryptography was chosen already");
+    }
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the runtime")?;
+    let result = runtime.block_on(run(cli));
+    // A thread that still waits for standard input must not hold the process.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    result
+}
+
+async fn run(cli: Cli) -> Result<Exit> {
+    let home = || Home::resolve(cli.global.home.as_deref());
+    match cli.command {
+        Command::Image(args) => image::run(&home()?, args.command).await,
+        Command::Completions(args) => {
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "vmpod", &mut script);
+            output::data(&String::from_utf8(script).context("the completion script is not UTF-8")?)?;
+            Ok(Exit::Done)
+        }
+        Command::Version(args) => version(args.output.output),
+        _ => anyhow::bail!("not built yet"),
+    }
+}
+
+/// What `vmpod version -o json` says.
+#[derive(Serialize)]
+struct Build {
+    version: &'static str,
+    os: &'static str,
+    architecture: &'static str,
+}
+
+fn version(format: Format) -> Result<Exit> {
+    let build = Build {
+        version: env!("CARGO_PKG_VERSION"),
+        os: std::env::consts::OS,
+        architecture: std::env::consts::ARCH,
+    };
+    match format {
+        Format::Table | Format::Name => output::data(&format!("vmpod {}\n", build.version))?,
+        format => output::value(format, &build)?,
+    }
+    Ok(Exit::Done)
+}

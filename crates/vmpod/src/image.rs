@@ -1,0 +1,400 @@
+//! `vmpod image`: the store's verbs.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::Serialize;
+use tokio::sync::watch;
+use vmpod_image::{
+    Boot, Config, Credentials, GuestConfig, Image, ImportOptions, Progress as Transfer, PullOptions, PushOptions,
+    Reference, SeedKind, Source, Store,
+};
+
+use crate::args::{self, Format, ImageCommand};
+use crate::home::Home;
+use crate::output::{self, Progress, talk};
+use crate::report::{Exit, Remedy};
+
+/// Runs one verb.
+pub(crate) async fn run(home: &Home, command: ImageCommand) -> Result<Exit> {
+    let store = open(home)?;
+    match command {
+        ImageCommand::Import(args) => import(&store, *args).await?,
+        ImageCommand::Export(args) => export(&store, &args).await?,
+        ImageCommand::Ls(args) => ls(&store, args.output.output)?,
+        ImageCommand::Inspect(args) => inspect(&store, &args)?,
+        ImageCommand::Rm(args) => rm(&store, &args)?,
+        ImageCommand::Pull(args) => pull(&store, &args).await?,
+        ImageCommand::Push(args) => push(&store, &args).await?,
+    }
+    Ok(Exit::Done)
+}
+
+/// Opens the home's store.
+pub(crate) fn open(home: &Home) -> Result<Store> {
+    home.make()?;
+    Store::open(home.images()).with_context(|| format!("can't open the image store {}", home.images().display()))
+}
+
+/// Parses a name of an image as it was typed.
+pub(crate) fn reference(text: &str) -> Result<Reference> {
+    Reference::parse(text).map_err(|error| {
+        anyhow::Error::new(error).context(Remedy::new(
+            format!("{text:?} is not an image's name"),
+            "write NAME[:TAG] for an image of this host, HOST/REPOSITORY[:TAG] for one of a registry",
+        ))
+    })
+}
+
+/// The image of this name, or an error that tells what is like it.
+pub(crate) fn find(store: &Store, reference: &Reference) -> Result<Image> {
+    let found = store.get(reference).with_context(|| format!("can't look up image {reference}"))?;
+    found.ok_or_else(|| missing(store, reference))
+}
+
+/// The error of an image that isn't there.
+pub(crate) fn missing(store: &Store, reference: &Reference) -> anyhow::Error {
+    let names: Vec<String> = store
+        .list()
+        .unwrap_or_default()
+        .iter()
+        .flat_map(|image| image.references.iter().map(short))
+        .collect();
+    let near = near_names(&short(reference), &names);
+    let mut remedy = match near.as_slice() {
+        [] if names.is_empty() => "the store is empty; add an image with `vmpod image import PATH NAME`".to_owned(),
+        [] => "see the names with `vmpod image ls`".to_owned(),
+        near => format!("did you mean {}?", near.join(" or ")),
+    };
+    if !reference.is_local() {
+        remedy = format!("fetch it with `vmpod image pull {reference}`; {remedy}");
+    }
+    Remedy::new(format!("there is no image {} in the store", short(reference)), remedy).into()
+}
+
+/// A name as a person types it: without the tag that goes without saying.
+fn short(reference: &Reference) -> String {
+    let text = reference.to_string();
+    text.strip_suffix(":latest").map_or(text.clone(), str::to_owned)
+}
+
+/// The names that are like `wanted`, the nearest first, at most three.
+fn near_names(wanted: &str, names: &[String]) -> Vec<String> {
+    let mut near: Vec<(usize, &String)> = names
+        .iter()
+        .map(|name| {
+            let part = name.contains(wanted) || wanted.contains(name.as_str());
+            (if part { 1 } else { distance(wanted, name) }, name)
+        })
+        .filter(|(distance, name)| *distance <= 1 + wanted.len().min(name.len()) / 3)
+        .collect();
+    near.sort();
+    near.dedup();
+    near.into_iter().take(3).map(|(_, name)| name.clone()).collect()
+}
+
+/// How many letters must change to make one name the other (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(row[j] + 1).min(row[j + 1] + 1);
+        }
+    }
+    row[b.len()]
+}
+
+async fn import(store: &Store, args: args::Import) -> Result<()> {
+    let (path, name) = match args.path_and_name.as_slice() {
+        [path, name] => (Some(PathBuf::from(path)), name.clone()),
+        [name] => (None, name.clone()),
+        _ => unreachable!("the parser takes one or two"),
+    };
+    let source = match (path, args.format) {
+        (Some(path), Some(args::Source::Raw)) => Source::Raw(path),
+        (Some(path), Some(args::Source::Qcow2)) => Source::Qcow2(path),
+        (Some(path), Some(args::Source::Oci)) => Source::OciLayout(path),
+        (Some(path), None) => Source::detect(&path).with_context(|| format!("can't tell what {} is", path.display()))?,
+        (None, _) if args.boot.kernel.is_some() => Source::Kernel,
+        (None, _) => {
+            return Err(Remedy::new(
+                format!("there is nothing to make image {name} of"),
+                format!("give a disk or an OCI layout (`vmpod image import PATH {name}`), or a kernel with --kernel"),
+            )
+            .into());
+        }
+    };
+    let password = match &args.guest.password_file {
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .with_context(|| format!("can't read the password file {}", path.display()))?;
+            Some(text.trim_end_matches(['\r', '\n']).to_owned())
+        }
+        None => None,
+    };
+    let usual = GuestConfig::default();
+    let defaults = ImportOptions::default();
+    let (meter, drawn) = draw(format!("importing {name}"));
+    let options = ImportOptions {
+        os: args.facts.os.unwrap_or(defaults.os),
+        architecture: args.facts.arch.unwrap_or(defaults.architecture),
+        firmware: match args.boot.firmware {
+            None => defaults.firmware,
+            Some(args::Firmware::Bios) => vmpod_image::Firmware::Bios,
+            Some(args::Firmware::Uefi) => vmpod_image::Firmware::Uefi,
+            Some(args::Firmware::Secure) => vmpod_image::Firmware::Secure,
+        },
+        kernel: args.boot.kernel,
+        initrd: args.boot.initrd,
+        cmdline: args.boot.cmdline.unwrap_or_default(),
+        min_cpus: args.facts.min_cpus,
+        min_memory: args.facts.min_memory.map(|size| size.bytes),
+        guest: GuestConfig {
+            user: args.guest.user.unwrap_or(usual.user),
+            ssh_port: args.guest.ssh_port.unwrap_or(usual.ssh_port),
+            password,
+            seed: match args.guest.seed {
+                None => usual.seed,
+                Some(args::Seed::Nocloud) => SeedKind::Nocloud,
+                Some(args::Seed::None) => SeedKind::None,
+            },
+            ready_marker: args.guest.ready_marker,
+        },
+        labels: args.facts.label.into_iter().map(|label| (label.key, label.value)).collect(),
+        progress: Some(meter),
+    };
+    let name = reference(&name)?;
+    let image = drawn.until(vmpod_image::import(store, source, &name, options)).await;
+    let image = image.with_context(|| format!("can't import image {}", short(&name)))?;
+    talk(&format!("imported {} ({})", short(&name), output::bytes(image.transfer_bytes)));
+    output::data(&format!("{}\n", image.digest))
+}
+
+async fn export(store: &Store, args: &args::Export) -> Result<()> {
+    let name = reference(&args.image)?;
+    let image = find(store, &name)?;
+    let spinner = Progress::spinner(format!("exporting {}", short(&name)));
+    let done = vmpod_image::export_oci_layout(store, &image, &args.path, &name).await;
+    spinner.clear();
+    done.with_context(|| format!("can't export image {} to {}", short(&name), args.path.display()))?;
+    talk(&format!("exported {} to {}", short(&name), args.path.display()));
+    Ok(())
+}
+
+/// One image as `-o json` tells it.
+#[derive(Serialize)]
+struct Told<'a> {
+    references: Vec<String>,
+    digest: String,
+    format: &'a str,
+    created: jiff::Timestamp,
+    /// Bytes that a registry holds for it.
+    #[serde(rename = "transferBytes")]
+    transfer: u64,
+    /// Bytes that it takes here.
+    #[serde(rename = "storedBytes")]
+    stored: u64,
+    config: Config,
+}
+
+impl<'a> From<&'a Image> for Told<'a> {
+    fn from(image: &'a Image) -> Self {
+        let mut config = image.config.clone();
+        // It is in the image for whoever has the image, but results end up in logs.
+        if config.guest.password.is_some() {
+            config.guest.password = Some("…".into());
+        }
+        Self {
+            references: image.references.iter().map(ToString::to_string).collect(),
+            digest: image.digest.to_string(),
+            format: &image.format,
+            created: image.created,
+            transfer: image.transfer_bytes,
+            stored: image.stored_bytes,
+            config,
+        }
+    }
+}
+
+fn ls(store: &Store, format: Format) -> Result<()> {
+    let images = store.list().context("can't list the images")?;
+    let images: Vec<Told<'_>> = images.iter().map(Told::from).collect();
+    let now = jiff::Timestamp::now();
+    output::list(
+        format,
+        &images,
+        &["name", "digest", "os", "arch", "boot", "size", "age"],
+        |image| {
+            let age = now.duration_since(image.created).try_into().unwrap_or_default();
+            vec![
+                name_of(image),
+                image.digest.chars().take(19).collect(),
+                image.config.os.to_string(),
+                image.config.architecture.to_string(),
+                boot_word(&image.config.boot).into(),
+                output::bytes(image.stored),
+                output::age(age),
+            ]
+        },
+        name_of,
+    )
+}
+
+fn name_of(image: &Told<'_>) -> String {
+    if image.references.is_empty() { image.digest.clone() } else { image.references.join(", ") }
+}
+
+fn boot_word(boot: &Boot) -> &'static str {
+    match boot {
+        Boot::Kernel { .. } => "kernel",
+        Boot::Firmware(vmpod_image::Firmware::Bios) => "bios",
+        Boot::Firmware(vmpod_image::Firmware::Uefi) => "uefi",
+        Boot::Firmware(vmpod_image::Firmware::Secure) => "secure",
+    }
+}
+
+fn inspect(store: &Store, args: &args::Inspect) -> Result<()> {
+    let image = find(store, &reference(&args.image)?)?;
+    match args.output {
+        Format::Name => output::data(&format!("{}\n", image.digest)),
+        format => output::value(format, &Told::from(&image)),
+    }
+}
+
+fn rm(store: &Store, args: &args::Rm) -> Result<()> {
+    // All names are checked first, so that a typing error removes nothing.
+    let names = args.images.iter().map(|name| reference(name)).collect::<Result<Vec<_>>>()?;
+    for name in &names {
+        find(store, name)?;
+    }
+    for name in &names {
+        store.remove(name).with_context(|| format!("can't remove image {}", short(name)))?;
+        talk(&format!("removed {}", short(name)));
+    }
+    Ok(())
+}
+
+async fn pull(store: &Store, args: &args::Pull) -> Result<()> {
+    let name = reference(&args.image)?;
+    if name.is_local() {
+        return Err(Remedy::new(
+            format!("{} names an image of this host, and no registry", short(&name)),
+            format!("name the registry: `vmpod image pull HOST/{}`", short(&name)),
+        )
+        .into());
+    }
+    let (meter, drawn) = draw(format!("pulling {name}"));
+    let options = PullOptions {
+        credentials: credentials(&args.registry)?,
+        plain_http: plain_http(&args.registry, &name),
+        ca_files: args.registry.ca.iter().cloned().collect(),
+        platform: None,
+        progress: Some(meter),
+    };
+    let image = drawn.until(vmpod_image::pull(store, &name, options)).await;
+    let image = image.with_context(|| format!("can't pull image {name}"))?;
+    talk(&format!("pulled {name} ({})", output::bytes(image.transfer_bytes)));
+    output::data(&format!("{}\n", image.digest))
+}
+
+async fn push(store: &Store, args: &args::Push) -> Result<()> {
+    let from = reference(&args.image)?;
+    let to = args.to.as_deref().map_or(Ok(from.clone()), reference)?;
+    find(store, &from)?;
+    if to.is_local() {
+        return Err(Remedy::new(
+            format!("{} names no registry to push to", short(&to)),
+            format!("name it: `vmpod image push {} HOST/{}`", short(&from), short(&to)),
+        )
+        .into());
+    }
+    let (meter, drawn) = draw(format!("pushing {to}"));
+    let options = PushOptions {
+        credentials: credentials(&args.registry)?,
+        plain_http: plain_http(&args.registry, &to),
+        ca_files: args.registry.ca.iter().cloned().collect(),
+        progress: Some(meter),
+    };
+    let digest = drawn.until(vmpod_image::push(store, &from, &to, options)).await;
+    let digest = digest.with_context(|| format!("can't push image {} as {to}", short(&from)))?;
+    talk(&format!("pushed {to}"));
+    output::data(&format!("{digest}\n"))
+}
+
+fn credentials(registry: &args::Registry) -> Result<Credentials> {
+    let usual = Credentials::from_environment(|name| std::env::var_os(name));
+    match &registry.auth_file {
+        None => Ok(usual),
+        Some(path) if Path::exists(path) => Ok(usual.with_file(path.clone())),
+        Some(path) => Err(Remedy::new(
+            format!("there is no credentials file {}", path.display()),
+            "give --auth-file a docker configuration file (config.json)",
+        )
+        .into()),
+    }
+}
+
+fn plain_http(registry: &args::Registry, name: &Reference) -> Vec<String> {
+    if registry.plain_http { name.registry().map(str::to_owned).into_iter().collect() } else { Vec::new() }
+}
+
+/// A transfer that is being drawn.
+struct Drawn {
+    progress: Progress,
+    transfer: watch::Receiver<Transfer>,
+    what: String,
+}
+
+/// Draws a transfer on a terminal.
+fn draw(what: String) -> (watch::Sender<Transfer>, Drawn) {
+    let (sender, transfer) = watch::channel(Transfer::default());
+    (sender, Drawn { progress: Progress::spinner(what.clone()), transfer, what })
+}
+
+impl Drawn {
+    /// Draws until `work` is over; returns its result.
+    async fn until<T>(mut self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                result = &mut work => {
+                    self.progress.clear();
+                    return result;
+                }
+                Ok(()) = self.transfer.changed() => {
+                    let now = self.transfer.borrow_and_update().clone();
+                    self.progress.say(format!("{}: {now}", self.what));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names() -> Vec<String> {
+        ["tiny", "debian:12", "debian:13", "registry.example.com/ci/ubuntu:24.04"].map(str::to_owned).to_vec()
+    }
+
+    #[test]
+    fn a_slip_of_the_finger_finds_its_name() {
+        assert_eq!(near_names("tny", &names()), ["tiny"]);
+        assert_eq!(near_names("debian", &names()), ["debian:12", "debian:13"]);
+        assert_eq!(near_names("ubuntu", &names()), ["registry.example.com/ci/ubuntu:24.04"]);
+        assert_eq!(near_names("windows", &names()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_distance_is_levenshteins() {
+        for (a, b, d) in [("", "", 0), ("a", "", 1), ("kitten", "sitting", 3), ("tiny", "tiny", 0)] {
+            assert_eq!((distance(a, b), distance(b, a)), (d, d));
+        }
+    }
+}
