@@ -1,0 +1,5 @@
+//! Who is calling, and what they may do.
+
+pub(crate) mod authorize;
+pub(crate) mod node;
+pub(crate) mod token;
