@@ -1,1 +1,45 @@
-//! vmpod-machine
+//! One virtual machine on this host: its directory, its life, its hypervisor process and the way into its guest.
+//!
+//! This crate knows nothing of Kubernetes or of image formats. A caller describes a machine with a [`Spec`],
+//! gives it to [`Machines::create`], starts it, and talks to the system inside through [`Guest`].
+//!
+//! ```text
+//!   Spec ──create──▶ Machine ──start──▶ one operating-system process, outside the agent
+//!                       │ state()            ▲
+//!                       │ guest() ── SSH ────┘ exec, files, forwarded ports, the main process
+//! ```
+//!
+//! Every machine is one process that outlives the agent. What an agent needs to find it again is in the machine's
+//! directory; [`Machines::adopt`] reads it, and proves by a kernel lock and a handshake that the process is the machine.
+
+pub mod console;
+pub mod directory;
+#[cfg(feature = "fake")]
+pub mod fake;
+pub mod fault;
+pub mod guest;
+pub mod hypervisor;
+pub mod id;
+pub mod kvm;
+pub mod lifecycle;
+pub mod loopback;
+mod machine;
+pub mod machines;
+pub mod qemu;
+pub mod seed;
+pub mod spec;
+
+pub use fault::FaultPoints;
+pub use guest::main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started, StdStream};
+pub use guest::{
+    Exec, ExecControl, ExecSession, ExitStatus, Guest, GuestError, GuestState, Signal, Waiting, Winsize,
+};
+pub use hypervisor::{Hypervisor, HypervisorError, Stats};
+pub use id::MachineId;
+pub use lifecycle::{Exit, ExitCause, State};
+pub use machine::Machine;
+pub use machines::{Adopted, MachineError, Machines, SshKey};
+pub use spec::{
+    Access, Accel, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, Memory, Network,
+    Protocol, Secret, Seed, Spec,
+};
