@@ -3,18 +3,23 @@
 //!
 //! A line is `RFC3339Nano stdout|stderr TAG CONTENT`. The tag is `F` (a whole line) or `P` (a part of one),
 //! followed by a second, colon-separated tag of our own that says how far the source was consumed when the
-//! record was written: see [`record`]. The CRI format allows such tags, and its readers ignore them.
+//! record was written: see [`record::Position`]. The CRI format allows such tags, and its readers ignore them.
 
 mod files;
+mod options;
+mod reader;
 pub mod record;
-pub mod writer;
-
-pub use record::{Position, Record, Stream};
-pub use writer::{Limits, LogError, Progress, Writer};
+pub mod watch;
+mod writer;
 
 use std::path::PathBuf;
 
-use tokio::sync::watch;
+use tokio::sync::watch::Receiver;
+
+pub use options::{LogOptions, QueryError};
+pub use reader::read;
+pub use record::Stream;
+pub use writer::{Limits, LogError, Progress, Writer};
 
 /// Where a container attempt's log is, and how one learns that it grows.
 #[derive(Clone, Debug)]
@@ -29,7 +34,7 @@ pub struct LogFile {
 #[derive(Clone, Debug)]
 pub enum Live {
     /// A [`Writer`] in this process: [`Writer::progress`].
-    Writer(watch::Receiver<Progress>),
+    Writer(Receiver<Progress>),
     /// Another process. The value becomes true when the attempt has ended and everything is written.
-    Process(watch::Receiver<bool>),
+    Process(Receiver<bool>),
 }
