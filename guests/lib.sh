@@ -54,7 +54,7 @@ bootstrap() {
 # Kernel, modules, busybox and an SSH server, unpacked but not installed: the parts of the tiny guest and of initrds.
 # They are fetched once, and again when the list changes.
 parts() {
-    local packages=linux-image-cloud-$arch,busybox-static,dropbear-bin,openssh-sftp-server
+    local packages=linux-image-cloud-$arch,busybox-static,dropbear-bin,openssh-sftp-server,coreutils
     parts=$out/parts-$suite-$arch
     [ "$(cat "$parts/packages" 2>/dev/null)" = "$packages" ] && return
     say "fetching $packages from Debian $suite"
