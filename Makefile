@@ -1,0 +1,55 @@
+# Every command is one line that can be typed by hand as well. Each installs what it needs (scripts/prerequisites).
+.DEFAULT_GOAL := help
+.PHONY: help deps build guest guest-debian tools fmt lint tidy unit doctest doc e2e test demo bench clean
+export PATH := $(PATH):$(CURDIR)/target/tools/bin
+
+help: ## say what there is
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-14s %s\n", $$1, $$2 }'
+
+deps: ## install everything that any command below needs
+	scripts/prerequisites build guest test e2e demo
+
+build: ## compile vmpod to target/debug/vmpod
+	scripts/prerequisites build && cargo build --workspace --all-targets --locked
+
+guest: build ## make target/guest/tiny.oci, a guest that boots in seconds
+	scripts/prerequisites guest && guests/tiny/build
+
+guest-debian: build ## make target/guest/debian.oci, Debian 12 with cloud-init
+	scripts/prerequisites guest && guests/debian/build
+
+tools: ## put kubectl and helm into target/tools
+	scripts/prerequisites e2e
+
+fmt: ## format the code
+	cargo fmt --all
+
+lint: ## clippy, warnings are errors
+	scripts/prerequisites build && cargo clippy --workspace --all-targets --locked -- -D warnings
+
+tidy: ## check what compilers don't: crate directions, file sizes, links, words
+	cargo xtask tidy
+
+unit: ## tests without virtual machines
+	scripts/prerequisites build test && cargo nextest run --workspace --locked -E 'not package(e2e)'
+
+doctest: ## the examples in the documentation
+	cargo test --workspace --locked --doc
+
+doc: ## build the documentation, warnings are errors
+	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --locked --no-deps --document-private-items
+
+e2e: guest guest-debian ## tests with real virtual machines and a real kubectl
+	scripts/prerequisites test e2e && cargo nextest run --workspace --locked -E 'package(e2e)'
+
+test: ## all of it: fmt, lint, tidy, unit, doctest, doc, guests, e2e
+	scripts/test
+
+demo: ## boot a virtual machine as a Pod, talk to it, clean up
+	scripts/demo
+
+bench: build guest ## pod created to exec answered, against QEMU started by hand
+	cargo xtask bench pod-start
+
+clean: ## remove everything that was made here
+	cargo clean
