@@ -3,6 +3,10 @@
 //! A benchmark prints a table for people and, as its last line, one JSON object. What is compared
 //! is measured in the same run, in turns, so that a busy machine is busy for both.
 
+mod pod_start;
+mod process;
+mod samples;
+
 use std::path::Path;
 
 use anyhow::Result;
@@ -21,5 +25,3 @@ pub(crate) fn run(name: Name, quick: bool, root: &Path) -> Result<()> {
         Name::PodStart => pod_start::run(quick, root),
     }
 }
-
-mod pod_start;

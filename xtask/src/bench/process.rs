@@ -1,0 +1,108 @@
+//! Processes that a benchmark starts and looks at, through /proc.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// A process that is killed when the benchmark lets go of it.
+pub(crate) struct Owned {
+    child: Child,
+    name: String,
+}
+
+impl Owned {
+    /// Starts a program in a group of its own, quietly: what it says goes to `log`.
+    pub(crate) fn start(command: &mut Command, log: &Path) -> Result<Self> {
+        let name = command.get_program().to_string_lossy().into_owned();
+        let file =
+            std::fs::File::create(log).with_context(|| format!("can't make {}", log.display()))?;
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file)
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("{name} did not start"))?;
+        Ok(Self { child, name })
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn has_ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
+    /// Asks it to end and waits up to `limit`.
+    pub(crate) fn end(mut self, limit: Duration) -> Result<()> {
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(Pid::from_raw)
+            .context("a process has a number")?;
+        kill_process(pid, Signal::TERM).with_context(|| format!("can't end {}", self.name))?;
+        let until = Instant::now() + limit;
+        while self.child.try_wait()?.is_none() {
+            if Instant::now() > until {
+                bail!("{} did not end within {} s", self.name, limit.as_secs());
+            }
+            pause(20);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // Already gone is as good.
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+/// Waits; a benchmark that plays the part of a polling script has nothing better.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the peer that is measured polls; so does waiting for a foreign process"
+)]
+pub(crate) fn pause(milliseconds: u64) {
+    std::thread::sleep(Duration::from_millis(milliseconds));
+}
+
+/// Resident memory of a process in MiB.
+pub(crate) fn resident_mib(pid: u32) -> Result<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let kib: f64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
+        .with_context(|| format!("process {pid} has no VmRSS"))?;
+    Ok(kib / 1024.0)
+}
+
+/// The command line of the process whose working directory is `dir` and whose program is called like `program`.
+pub(crate) fn command_line_in(dir: &Path, program: &str) -> Result<Vec<OsString>> {
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let at = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+        let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let mut words: Vec<OsString> = words
+            .split(|byte| *byte == 0)
+            .map(|word| OsString::from_vec(word.to_vec()))
+            .collect();
+        // The list ends with a separator.
+        words.pop();
+        let is_it = words
+            .first()
+            .is_some_and(|first| first.to_string_lossy().contains(program));
+        if at == dir && is_it {
+            return Ok(words);
+        }
+    }
+    bail!("no {program} runs in {}", dir.display())
+}
