@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::process::{self, Owned};
 use super::samples::Samples;
 
-const START: Duration = Duration::from_secs(120);
+const START: Duration = Duration::from_mins(2);
 
 pub(super) fn run(quick: bool, root: &Path) -> Result<()> {
     let rounds = if quick { 3 } else { 10 };
@@ -51,7 +51,7 @@ pub(super) fn run(quick: bool, root: &Path) -> Result<()> {
     let up = bench.up()?;
     let outcome = runtime.block_on(bench.measure(rounds, pods_for_memory, up.id()));
     // The machines end with it, also when measuring failed.
-    up.end(Duration::from_secs(60))?;
+    up.end(Duration::from_mins(1))?;
     outcome?.print(rounds);
     Ok(())
 }
