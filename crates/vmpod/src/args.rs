@@ -193,6 +193,39 @@ pub(crate) struct NodeMachines {
     /// Memory that isn't given to machines, such as 2Gi
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) reserve_memory: Option<Size>,
+    /// How long machines may take to shut down when this process ends
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
+    pub(crate) shutdown_grace: std::time::Duration,
+    /// What executes the guests [default: KVM or Hypervisor.framework where it works, else software]
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub(crate) accel: Option<Accel>,
+    #[command(flatten)]
+    pub(crate) qemu: Qemu,
+    /// A registry that may be spoken to without TLS, HOST[:PORT] (repeatable; loopback always may)
+    #[arg(long, value_name = "HOST")]
+    pub(crate) plain_http: Vec<String>,
+    /// One more certificate authority for registries, PEM (repeatable)
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) registry_ca: Vec<PathBuf>,
+}
+
+/// What executes the guests' instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Accel {
+    /// Linux's KVM.
+    Kvm,
+    /// macOS's Hypervisor.framework.
+    Hvf,
+    /// Software emulation: works everywhere, several times slower.
+    Tcg,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Qemu {
+    /// The QEMU program [default: qemu-system-* of this architecture]
+    #[arg(long, value_name = "PROGRAM", env = "VMPOD_QEMU", hide_env_values = true,
+          value_hint = ValueHint::CommandName)]
+    pub(crate) qemu: Option<PathBuf>,
 }
 
 /// Run a command in a throwaway machine.
@@ -229,6 +262,8 @@ pub(crate) struct Run {
     /// An environment variable for the command, KEY=VALUE (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::key_value)]
     pub(crate) env: Vec<KeyValue>,
+    #[command(flatten)]
+    pub(crate) qemu: Qemu,
     /// Cloud-init user data for the guest, from a file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) user_data: Option<PathBuf>,
@@ -517,6 +552,13 @@ pub(crate) struct Registry {
 /// Say what this host can and can't do, and how to mend it.
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
+    #[command(flatten)]
+    pub(crate) qemu: Qemu,
+    /// The port of the Kubernetes API that should be free
+    #[arg(long, value_name = "PORT", default_value_t = 6443)]
+    pub(crate) api_port: u16,
+    #[command(flatten)]
+    pub(crate) kubelet: Kubelet,
     #[command(flatten)]
     pub(crate) output: Output,
 }

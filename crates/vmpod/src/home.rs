@@ -7,6 +7,7 @@
 //! | `api/` | the embedded API: store and certificates | `vmpod up` |
 //! | `images/` | the image store | everyone |
 //! | `machines/` | a directory per machine | the node agent |
+//! | `kvm.json` | whether KVM was seen to work since this host booted | `vmpod up`, `node`, `run`, `doctor` |
 //! | `node/` | the node agent's: pods, logs, certificates | the node agent |
 //! | `run/ID/` | a home of its own for a `vmpod run` without `vmpod up`; only images are shared | that `run` |
 
@@ -89,6 +90,11 @@ impl Home {
 
     pub(crate) fn node(&self) -> PathBuf {
         self.root.join("node")
+    }
+
+    /// Where the answer to "does KVM work here?" is kept.
+    pub(crate) fn kvm(&self) -> PathBuf {
+        self.root.join("kvm.json")
     }
 
     fn runs(&self) -> PathBuf {

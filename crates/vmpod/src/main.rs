@@ -1,11 +1,23 @@
 //! The command line: arguments in, other crates' work put together, results out.
 
+mod agent;
 mod args;
+mod client;
+mod doctor;
+mod exec;
 mod home;
 mod image;
+mod interrupts;
 mod logging;
+mod node;
 mod output;
+mod pods;
+mod ports;
 mod report;
+mod run;
+mod stack;
+mod terminal;
+mod up;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -48,15 +60,24 @@ fn start(cli: Cli) -> Result<Exit> {
     }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the runtime")?;
-    let result = runtime.block_on(run(cli));
+    let result = runtime.block_on(dispatch(cli));
     // A thread that still waits for standard input must not hold the process.
     runtime.shutdown_timeout(Duration::from_millis(100));
     result
 }
 
-async fn run(cli: Cli) -> Result<Exit> {
+async fn dispatch(cli: Cli) -> Result<Exit> {
     let home = || Home::resolve(cli.global.home.as_deref());
     match cli.command {
+        Command::Up(args) => up::run(&home()?, args).await,
+        Command::Node(args) => node::run(&home()?, args).await,
+        Command::Run(args) => run::run(&home()?, args).await,
+        Command::Ps(args) => pods::ps(&home()?, &args).await,
+        Command::Logs(args) => pods::logs(&home()?, &args).await,
+        Command::Exec(args) => exec::exec(&home()?, args).await,
+        Command::Cp(args) => exec::copy(&home()?, args).await,
+        Command::Stop(args) => pods::stop(&home()?, &args).await,
+        Command::Doctor(args) => doctor::run(&home()?, &args).await,
         Command::Image(args) => image::run(&home()?, args.command).await,
         Command::Completions(args) => {
             let mut script = Vec::new();
@@ -65,7 +86,6 @@ async fn run(cli: Cli) -> Result<Exit> {
             Ok(Exit::Done)
         }
         Command::Version(args) => version(args.output.output),
-        _ => anyhow::bail!("not built yet"),
     }
 }
 

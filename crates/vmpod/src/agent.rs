@@ -1,0 +1,167 @@
+//! The node agent's parts, put together the same way for `up`, `node` and `run`.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use vmpod_image::{Credentials, Store};
+use vmpod_machine::kvm::{self, Kvm};
+use vmpod_machine::qemu::Qemu;
+use vmpod_machine::{Machines, Memory};
+use vmpod_node::{Capacity, Kubelet, MachineDefaults, Options, Registries};
+
+use crate::args::{self, Accel, NodeMachines};
+use crate::home::Home;
+
+/// What one agent needs besides its home.
+pub(crate) struct Parts<'a> {
+    pub(crate) home: &'a Home,
+    pub(crate) name: String,
+    pub(crate) address: IpAddr,
+    pub(crate) kubelet: Kubelet,
+    pub(crate) client: kube::Client,
+    pub(crate) store: Store,
+    pub(crate) machines: &'a NodeMachines,
+}
+
+/// The options of an agent.
+pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
+    let Parts { home, name, address, kubelet, client, store, machines: args } = parts;
+    let qemu = qemu(&args.qemu);
+    let accel = accel(home, &qemu, args.accel).await;
+    Ok(Options {
+        name,
+        dir: home.node(),
+        client,
+        store,
+        machines: machines(home, qemu)?,
+        accel,
+        kubelet: Some(kubelet),
+        address,
+        capacity: capacity(home, args)?,
+        defaults: MachineDefaults::default(),
+        registries: Registries {
+            credentials: Credentials::from_environment(|name| std::env::var_os(name)),
+            plain_http: args.plain_http.clone(),
+            ca_files: args.registry_ca.clone(),
+        },
+        labels: BTreeMap::new(),
+        taints: Vec::new(),
+        keep_vms: args.keep_vms,
+        shutdown_grace: args.shutdown_grace,
+    })
+}
+
+/// The home's machines, none adopted yet.
+pub(crate) fn machines(home: &Home, qemu: Qemu) -> Result<Machines> {
+    Machines::open(home.machines(), Arc::new(qemu))
+        .with_context(|| format!("can't open the machines in {}", home.machines().display()))
+}
+
+/// The QEMU that was named, or this architecture's.
+pub(crate) fn qemu(args: &args::Qemu) -> Qemu {
+    args.qemu.clone().map_or_else(Qemu::default, |program| Qemu { program })
+}
+
+/// What executes the guests: what was asked for, else the fastest that works here.
+async fn accel(home: &Home, qemu: &Qemu, asked: Option<Accel>) -> vmpod_machine::Accel {
+    match asked {
+        Some(Accel::Kvm) => return vmpod_machine::Accel::Kvm,
+        Some(Accel::Hvf) => return vmpod_machine::Accel::Hvf,
+        Some(Accel::Tcg) => return vmpod_machine::Accel::Tcg,
+        None if cfg!(target_os = "macos") => return vmpod_machine::Accel::Hvf,
+        None => {}
+    }
+    match kvm::probe(qemu, &home.kvm()).await {
+        Kvm::Works => vmpod_machine::Accel::Kvm,
+        other => {
+            tracing::warn!("guests run under software emulation, which is slow: {other}");
+            vmpod_machine::Accel::Tcg
+        }
+    }
+}
+
+/// What this host offers.
+fn capacity(home: &Home, args: &NodeMachines) -> Result<Capacity> {
+    let host = Host::look(home)?;
+    let mut capacity = Capacity::of_host(host.cpus, Memory::from_bytes(host.memory), host.disk_total);
+    capacity.pods = args.max_pods;
+    if let Some(reserved) = &args.reserve_memory {
+        capacity.reserved_memory = Memory::from_bytes(reserved.bytes.min(host.memory));
+    }
+    Ok(capacity)
+}
+
+/// This host's size, in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Host {
+    pub(crate) cpus: u32,
+    pub(crate) memory: u64,
+    pub(crate) memory_free: u64,
+    /// Of the file system that holds the home.
+    pub(crate) disk_total: u64,
+    pub(crate) disk_free: u64,
+}
+
+impl Host {
+    /// Looks at the host, within the limits of this process's control group.
+    pub(crate) fn look(home: &Home) -> Result<Self> {
+        let mut system = sysinfo::System::new();
+        system.refresh_memory();
+        let (mut memory, mut memory_free) = (system.total_memory(), system.available_memory());
+        if let Some(limits) = system.cgroup_limits() {
+            memory = memory.min(limits.total_memory);
+            memory_free = memory_free.min(limits.free_memory);
+        }
+        // The home may not be there yet; what will hold it is.
+        let existing = home.root().ancestors().find(|dir| dir.exists()).unwrap_or(home.root());
+        let disk = rustix::fs::statvfs(existing)
+            .with_context(|| format!("can't look at the file system of {}", existing.display()))?;
+        Ok(Self {
+            cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(u32::MAX)),
+            memory,
+            memory_free,
+            disk_total: disk.f_blocks.saturating_mul(disk.f_frsize),
+            disk_free: disk.f_bavail.saturating_mul(disk.f_frsize),
+        })
+    }
+}
+
+/// The node's name when none was given: this host's, as the API wants names.
+pub(crate) fn node_name(asked: Option<&str>) -> String {
+    match asked {
+        Some(name) => name.to_owned(),
+        None => clean_name(&rustix::system::uname().nodename().to_string_lossy()),
+    }
+}
+
+fn clean_name(host: &str) -> String {
+    let clean: String = host
+        .to_ascii_lowercase()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' })
+        .collect();
+    let parts: Vec<&str> = clean.split('.').map(|part| part.trim_matches('-')).filter(|part| !part.is_empty()).collect();
+    if parts.is_empty() { "vmpod".into() } else { parts.join(".") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_name_becomes_a_node_name() {
+        for (host, node) in [("Anna's_Mac", "anna-s-mac"), ("build-01.example.com", "build-01.example.com"), ("", "vmpod"), ("-a-..b", "a.b")] {
+            assert_eq!(clean_name(host), node);
+        }
+    }
+
+    #[test]
+    fn the_host_has_something() {
+        let home = Home::resolve(Some(std::path::Path::new("/no/such/dir"))).unwrap();
+        let host = Host::look(&home).unwrap();
+        assert!(host.cpus > 0 && host.memory > 0 && host.disk_total > 0, "{host:?}");
+        assert!(host.memory_free <= host.memory && host.disk_free <= host.disk_total, "{host:?}");
+    }
+}

@@ -1,0 +1,158 @@
+//! `vmpod node`: the agent alone, against any Kubernetes API.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use base64::Engine as _;
+use tokio_util::sync::CancellationToken;
+use vmpod_node::Kubelet;
+
+use crate::agent::{self, Parts};
+use crate::args;
+use crate::client;
+use crate::home::{self, Home, Role};
+use crate::image;
+use crate::interrupts::Interrupts;
+use crate::output::talk;
+use crate::report::{Exit, Remedy};
+use crate::stack;
+
+/// Runs until interrupted.
+pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
+    let mut interrupts = Interrupts::listen()?;
+    let _lock = home.lock(Role::Node).await?;
+    crate::up::clear_dead_runs(home, &agent::qemu(&args.machines.qemu)).await;
+
+    let name = agent::node_name(args.name.as_deref());
+    let config = client::config(&args.kubeconfig, args.context.as_deref()).await?;
+    let server = config.cluster_url.to_string();
+    let listen = SocketAddr::new(args.address, args.kubelet.kubelet_port);
+    let serving = match (&args.tls_cert, &args.tls_key) {
+        (Some(cert), Some(key)) => Pair { cert_pem: read(cert)?, key_pem: read(key)? },
+        _ => Pair::of_home(home, &name, &args.address.to_string())?,
+    };
+    let client_ca_pem = match &args.client_ca {
+        Some(path) => read(path)?,
+        None => authorities(&config).ok_or_else(|| {
+            Remedy::new(
+                format!("the kubeconfig {} names no certificate authority", args.kubeconfig.display()),
+                "name the one that signs the API server's kubelet client certificate with --client-ca",
+            )
+        })?,
+    };
+    let client = kube::Client::try_from(config)
+        .with_context(|| format!("can't make a client from the kubeconfig {}", args.kubeconfig.display()))?;
+    let options = agent::options(Parts {
+        home,
+        name: name.clone(),
+        address: args.address,
+        kubelet: Kubelet { listen, cert_pem: serving.cert_pem, key_pem: serving.key_pem, client_ca_pem },
+        client,
+        store: image::open(home)?,
+        machines: &args.machines,
+    })
+    .await?;
+    let node = stack::open_node(options, listen).await?;
+
+    let mut ready = node.ready();
+    let stop = CancellationToken::new();
+    let mut work = tokio::spawn(node.run(stop.clone()));
+    let mut told = false;
+    loop {
+        tokio::select! {
+            ended = &mut work => {
+                ended.context("the node agent panicked")?.context("the node agent failed")?;
+                anyhow::bail!("the node agent ended by itself");
+            }
+            Ok(_) = ready.wait_for(|ready| *ready), if !told => {
+                told = true;
+                talk(&format!("node {name} is ready; its API is {server}"));
+            }
+            _ = interrupts.next() => break,
+        }
+    }
+    talk(if args.machines.keep_vms {
+        "stopping; the machines go on, and the next `vmpod node` takes them over"
+    } else {
+        "stopping the machines; interrupt again to end at once"
+    });
+    stop.cancel();
+    tokio::select! {
+        ended = &mut work => {
+            ended.context("the node agent panicked")?.context("the node agent failed while it stopped")?;
+            talk("stopped");
+            Ok(Exit::Done)
+        }
+        interrupt = interrupts.next() => {
+            talk("ended at once; the next `vmpod node` takes over the machines that are left");
+            Ok(Exit::Command(interrupt.code()))
+        }
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))
+}
+
+/// The certificate authorities of a kubeconfig, as PEM.
+fn authorities(config: &kube::Config) -> Option<String> {
+    let all = config.root_cert.as_ref().filter(|all| !all.is_empty())?;
+    Some(all.iter().map(|der| pem("CERTIFICATE", der)).collect())
+}
+
+fn pem(label: &str, der: &[u8]) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let lines: Vec<&str> = text.as_bytes().chunks(64).filter_map(|line| std::str::from_utf8(line).ok()).collect();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
+}
+
+/// A serving certificate and its key.
+struct Pair {
+    cert_pem: String,
+    key_pem: String,
+}
+
+impl Pair {
+    /// The one that the home keeps, signed by itself; made when there is none for this name and address.
+    ///
+    /// Kubernetes' own API servers don't verify the certificates of kubelets unless they are told to.
+    fn of_home(home: &Home, name: &str, address: &str) -> Result<Self> {
+        let dir = home.node().join("pki");
+        let (cert, key) = (dir.join("serving.crt"), dir.join("serving.key"));
+        let of = format!("{name} {address}");
+        let made_for = dir.join("serving.for");
+        if std::fs::read_to_string(&made_for).is_ok_and(|text| text == of) && cert.exists() && key.exists() {
+            return Ok(Self { cert_pem: read(&cert)?, key_pem: read(&key)? });
+        }
+        std::fs::create_dir_all(&dir).with_context(|| format!("can't make {}", dir.display()))?;
+        let made = rcgen::generate_simple_self_signed(vec![name.to_owned(), address.to_owned()])
+            .context("can't make the kubelet API's certificate")?;
+        let pair = Self { cert_pem: made.cert.pem(), key_pem: made.signing_key.serialize_pem() };
+        home::write_private(&key, &pair.key_pem)?;
+        home::write_private(&cert, &pair.cert_pem)?;
+        home::write_private(&made_for, &of)?;
+        Ok(pair)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificate_is_kept_for_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::resolve(Some(dir.path())).unwrap();
+        let first = Pair::of_home(&home, "a", "127.0.0.1").unwrap();
+        assert_eq!(Pair::of_home(&home, "a", "127.0.0.1").unwrap().cert_pem, first.cert_pem);
+        assert_ne!(Pair::of_home(&home, "b", "127.0.0.1").unwrap().cert_pem, first.cert_pem);
+    }
+
+    #[test]
+    fn pem_has_lines_of_64_letters() {
+        let text = pem("CERTIFICATE", &[7; 100]);
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!((lines[0], lines[1].len(), lines.len()), ("-----BEGIN CERTIFICATE-----", 64, 5));
+    }
+}
