@@ -24,8 +24,8 @@ tools: ## put kubectl and helm into target/tools
 fmt: ## format the code
 	cargo fmt --all
 
-lint: ## clippy, warnings are errors
-	scripts/prerequisites build && cargo clippy --workspace --all-targets --locked -- -D warnings
+lint: ## formatting, clippy with warnings as errors, and the repository's own checks
+	scripts/prerequisites build && cargo fmt --all --check && cargo clippy --workspace --all-targets --locked -- -D warnings && cargo xtask tidy
 
 tidy: ## check what compilers don't: crate directions, file sizes, links, words
 	cargo xtask tidy
