@@ -50,6 +50,11 @@ impl Digest {
         hex
     }
 
+    /// A number that is as good as random.
+    pub(crate) fn first_byte(&self) -> u8 {
+        self.0[0]
+    }
+
     /// Reads 64 hexadecimal digits without the algorithm.
     pub fn from_hex(hex: &str) -> Result<Self, DigestError> {
         let bad = || DigestError::Hex(hex.to_owned());

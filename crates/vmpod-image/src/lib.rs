@@ -10,27 +10,43 @@
 //! Nothing here knows Kubernetes or a hypervisor. An image is visible in the [`Store`] only when every byte of it was
 //! verified.
 
+mod blobs;
+mod clone;
 mod config;
 mod credentials;
 mod digest;
+mod format;
 mod image;
 mod import;
+mod ingest;
+mod layout;
+mod manifest;
 pub mod media;
+mod native;
 mod progress;
 mod pull;
 mod push;
+mod qcow2;
 mod reference;
+mod registry;
 mod store;
+mod transfer;
 
+pub use blobs::{BlobError, Retry};
 pub use config::{
     Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind, UnknownName,
 };
 pub use credentials::{Credential, Credentials, CredentialsError, Secret};
 pub use digest::{Digest, DigestError};
+pub use format::FormatError;
 pub use image::{ClonedBoot, ClonedDisk, ClonedImage, DiskFormat, Image};
 pub use import::{ImportError, ImportOptions, Source, export_oci_layout, import};
+pub use native::NativeError;
 pub use progress::{Bytes, Meter, Phase, Progress};
 pub use pull::{PullError, PullOptions, pull};
 pub use push::{PushError, PushOptions, push};
+pub use qcow2::Qcow2Error;
 pub use reference::{Reference, ReferenceError};
+pub use registry::{RegistryError, install_crypto_provider};
 pub use store::{Holder, Store, StoreError};
+pub use transfer::TransferError;

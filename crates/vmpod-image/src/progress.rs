@@ -114,6 +114,11 @@ impl Meter {
         Self { progress: Progress { bytes_total, ..Progress::default() }, sampled: (0, Duration::ZERO) }
     }
 
+    /// Sets the bytes in all.
+    pub fn total(&mut self, bytes: u64) {
+        self.progress.bytes_total = bytes;
+    }
+
     /// Enters a phase.
     pub fn phase(&mut self, phase: Phase) {
         self.progress.phase = phase;

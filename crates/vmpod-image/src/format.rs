@@ -1,0 +1,158 @@
+//! Image formats. Each reads a manifest and says, as a [`Plan`], which bytes go where; the pipeline does the rest and
+//! knows no format.
+
+use crate::config::Config;
+use crate::digest::Digest;
+use crate::manifest::Manifest;
+use crate::media;
+use crate::store::record::Part;
+
+pub(crate) mod native;
+
+/// 64 TiB: no disk of a guest is larger, so a manifest that says so lies.
+const LARGEST_DISK: u64 = 64 << 40;
+/// More layers than any manifest within [`crate::manifest::LARGEST`] needs.
+const MOST_LAYERS: usize = 65_536;
+
+/// What to fetch and where it goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// The format's name.
+    pub(crate) format: &'static str,
+    /// The configuration, translated.
+    pub(crate) config: Config,
+    /// The files, with their sizes in bytes.
+    pub(crate) files: Vec<(Part, u64)>,
+    /// The streams to fetch.
+    pub(crate) layers: Vec<Layer>,
+}
+
+/// One compressed stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Layer {
+    /// The blobs that make up the stream, one after another: nearly always one.
+    pub(crate) blobs: Vec<Blob>,
+    /// How the stream is packed.
+    pub(crate) encoding: Encoding,
+    /// What it must unpack to.
+    pub(crate) raw_size: Option<u64>,
+    /// The digest of what it unpacks to.
+    pub(crate) raw_digest: Option<Digest>,
+    /// Where what it unpacks to goes.
+    pub(crate) target: Target,
+}
+
+/// A blob of a registry or a layout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Blob {
+    pub(crate) digest: Digest,
+    pub(crate) size: u64,
+}
+
+/// How a stream is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Encoding {
+    Plain,
+    Zstd,
+}
+
+/// Where a stream goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Target {
+    /// To a file, from `offset` on.
+    File { part: Part, offset: u64 },
+}
+
+/// Why a manifest isn't an image that can be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FormatError {
+    /// No format's manifest.
+    #[error(
+        "its manifest is of no known image format (artifact type {artifact_type:?}, configuration {config:?}): it may be an ordinary container image"
+    )]
+    Unknown {
+        /// The manifest's artifact type.
+        artifact_type: String,
+        /// The media type of its configuration.
+        config: String,
+    },
+    /// The configuration.
+    #[error("its configuration can't be read")]
+    Config(#[source] serde_json::Error),
+    /// A layer without an annotation it needs, or with one that is no number or digest.
+    #[error("its layer {layer} has no valid annotation {annotation}")]
+    Annotation {
+        /// The layer's digest.
+        layer: Digest,
+        /// The annotation's key.
+        annotation: &'static str,
+    },
+    /// A layer that lies outside its disk, or upon another.
+    #[error("its layer {layer} doesn't fit the disk: {why}")]
+    Placement {
+        /// The layer's digest.
+        layer: Digest,
+        /// What is wrong.
+        why: &'static str,
+    },
+    /// A layer that is missing, or there twice.
+    #[error("it has {count} layers of type {media_type}, where there must be {expected}")]
+    Count {
+        /// The media type.
+        media_type: &'static str,
+        /// How many there are.
+        count: usize,
+        /// How many there must be.
+        expected: &'static str,
+    },
+    /// A layer of a type that isn't known: it may matter, so it isn't skipped.
+    #[error("its layer {layer} has the unknown type {media_type:?}: a newer vmpod may read it")]
+    Layer {
+        /// The layer's digest.
+        layer: Digest,
+        /// Its media type.
+        media_type: String,
+    },
+    /// Something too large to be true.
+    #[error("it says that {0}")]
+    Bounds(&'static str),
+}
+
+/// Reads a manifest and its configuration.
+pub(crate) fn plan(manifest: &Manifest, config: &[u8]) -> Result<Plan, FormatError> {
+    if manifest.layers.len() > MOST_LAYERS {
+        return Err(FormatError::Bounds("it has more layers than any image needs"));
+    }
+    if manifest.artifact_type.as_deref() == Some(media::ARTIFACT) || manifest.config.media_type == media::CONFIG {
+        return native::plan(manifest, config);
+    }
+    Err(FormatError::Unknown {
+        artifact_type: manifest.artifact_type.clone().unwrap_or_default(),
+        config: manifest.config.media_type.clone(),
+    })
+}
+
+/// Refuses windows that overlap or leave their file.
+fn check_placement(plan: &Plan) -> Result<(), FormatError> {
+    let mut windows = Vec::new();
+    for layer in &plan.layers {
+        let Target::File { part, offset } = layer.target;
+        let (Some(size), Some(blob)) = (layer.raw_size, layer.blobs.first()) else { continue };
+        let place = |why| FormatError::Placement { layer: blob.digest, why };
+        let Some(&(_, file_size)) = plan.files.iter().find(|(file, _)| *file == part) else {
+            return Err(place("there is no such disk"));
+        };
+        match offset.checked_add(size) {
+            Some(end) if end <= file_size => windows.push((part, offset, end, blob.digest)),
+            _ => return Err(place("it reaches past the end")),
+        }
+    }
+    windows.sort_unstable();
+    for pair in windows.windows(2) {
+        if pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2 {
+            return Err(FormatError::Placement { layer: pair[1].3, why: "it overlaps another layer" });
+        }
+    }
+    Ok(())
+}

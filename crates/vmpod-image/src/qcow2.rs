@@ -1,0 +1,13 @@
+//! QEMU's qcow2 files, as far as images need them: reading any that stands alone, and making an empty overlay.
+//!
+//! The format is described in QEMU's `docs/interop/qcow2.txt`.
+
+mod overlay;
+mod reader;
+
+pub(crate) use overlay::Overlay;
+pub(crate) use reader::Qcow2;
+pub use reader::Qcow2Error;
+
+/// The first four bytes of a qcow2 file.
+pub(crate) const MAGIC: [u8; 4] = *b"QFI\xfb";
