@@ -107,7 +107,7 @@ pub(crate) struct Host {
 impl Host {
     /// Looks at the host, within the limits of this process's control group.
     pub(crate) fn look(home: &Home) -> Result<Self> {
-        let mut system = sysinfo::System::new();
+        let mut system = sysinfo::System::new().context("can't look at the memory of this host")?;
         system.refresh_memory();
         let (mut memory, mut memory_free) = (system.total_memory(), system.available_memory());
         if let Some(limits) = system.cgroup_limits() {

@@ -201,18 +201,6 @@ impl Progress {
         self.bar.set_message(message.into());
     }
 
-    /// Says how far it is, in bytes; a spinner becomes a bar once the total is known.
-    pub(crate) fn set(&self, done: u64, total: Option<u64>) {
-        match total {
-            Some(total) if self.bar.length() != Some(total) => {
-                self.bar.set_style(bar_style());
-                self.bar.set_length(total);
-            }
-            _ => {}
-        }
-        self.bar.set_position(done);
-    }
-
     /// Removes it from the screen.
     pub(crate) fn clear(&self) {
         self.bar.finish_and_clear();
@@ -225,11 +213,6 @@ fn target() -> ProgressDrawTarget {
 
 fn spinner_style() -> ProgressStyle {
     ProgressStyle::with_template("{spinner} {msg} ({elapsed})").unwrap_or_else(|_| ProgressStyle::default_spinner())
-}
-
-fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 #[cfg(test)]

@@ -1,0 +1,59 @@
+//! What the tests need from the build, and how to get it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+/// The repository.
+#[must_use]
+pub fn repository() -> &'static Path {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest)
+}
+
+fn target() -> PathBuf {
+    repository().join("target")
+}
+
+fn need(path: PathBuf, what: &str, make: &str) -> Result<PathBuf> {
+    if path.exists() {
+        return Ok(path);
+    }
+    bail!("{what} is missing ({}): run `make {make}`", path.display())
+}
+
+/// The program under test.
+pub fn vmpod() -> Result<PathBuf> {
+    need(target().join("debug/vmpod"), "the vmpod program", "build")
+}
+
+/// The real kubectl.
+pub fn kubectl() -> Result<PathBuf> {
+    need(target().join("tools/kubectl"), "kubectl", "tools")
+}
+
+/// The guest that boots in seconds, an OCI image layout.
+pub fn tiny() -> Result<PathBuf> {
+    need(target().join("guest/tiny.oci"), "the tiny guest", "guest")
+}
+
+/// The Debian guest, an OCI image layout.
+pub fn debian() -> Result<PathBuf> {
+    need(target().join("guest/debian.oci"), "the Debian guest", "guest-debian")
+}
+
+/// A program of the host.
+pub fn program(name: &str, package: &str) -> Result<PathBuf> {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&paths).map(|dir| dir.join(name)).find(|path| path.is_file()) {
+        Some(path) => Ok(path),
+        None => bail!("{name} is missing: run `make deps`, or install the package {package}"),
+    }
+}
+
+/// Where the tests keep their homes.
+pub fn scratch() -> Result<PathBuf> {
+    let dir = target().join("e2e");
+    std::fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
