@@ -72,29 +72,17 @@ pub(crate) enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make this host a Kubernetes node with its own API
     Up(Up),
-    /// Join this host to a Kubernetes API as a node
     Node(Node),
-    /// Run a command in a throwaway machine
     Run(Run),
-    /// List the machines
     Ps(Ps),
-    /// Print what a machine wrote
     Logs(Logs),
-    /// Run a command in a running machine
     Exec(Exec),
-    /// Copy a file into a machine or out of it
     Cp(Cp),
-    /// Stop machines and remove them
     Stop(Stop),
-    /// Manage machine images
     Image(Image),
-    /// Say what this host can and can't do
     Doctor(Doctor),
-    /// Print a completion script for a shell
     Completions(Completions),
-    /// Print the version
     Version(Version),
 }
 
@@ -387,19 +375,12 @@ pub(crate) struct Image {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
-    /// Make an image of a disk, a kernel or an OCI layout
     Import(Box<Import>),
-    /// Write an image as an OCI layout
     Export(Export),
-    /// List the images
     Ls(Ls),
-    /// Show what an image is made of
     Inspect(Inspect),
-    /// Remove images from the store
     Rm(Rm),
-    /// Fetch an image from a registry
     Pull(Pull),
-    /// Send an image to a registry
     Push(Push),
 }
 

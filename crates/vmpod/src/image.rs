@@ -113,7 +113,7 @@ async fn import(store: &Store, args: args::Import) -> Result<()> {
     let (path, name) = match args.path_and_name.as_slice() {
         [path, name] => (Some(PathBuf::from(path)), name.clone()),
         [name] => (None, name.clone()),
-        _ => unreachable!("the parser takes one or two"),
+        words => anyhow::bail!("PATH and NAME are wanted, not {} words", words.len()),
     };
     let source = match (path, args.format) {
         (Some(path), Some(args::Source::Raw)) => Source::Raw(path),
@@ -293,8 +293,8 @@ async fn pull(store: &Store, args: &args::Pull) -> Result<()> {
         credentials: credentials(&args.registry)?,
         plain_http: plain_http(&args.registry, &name),
         ca_files: args.registry.ca.iter().cloned().collect(),
-        platform: None,
         progress: Some(meter),
+        ..PullOptions::default()
     };
     let image = drawn.until(vmpod_image::pull(store, &name, options)).await;
     let image = image.with_context(|| format!("can't pull image {name}"))?;
@@ -319,6 +319,7 @@ async fn push(store: &Store, args: &args::Push) -> Result<()> {
         plain_http: plain_http(&args.registry, &to),
         ca_files: args.registry.ca.iter().cloned().collect(),
         progress: Some(meter),
+        ..PushOptions::default()
     };
     let digest = drawn.until(vmpod_image::push(store, &from, &to, options)).await;
     let digest = digest.with_context(|| format!("can't push image {} as {to}", short(&from)))?;
