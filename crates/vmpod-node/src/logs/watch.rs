@@ -23,6 +23,7 @@ impl FileWatch {
         let interest =
             WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE;
         inotify::add_watch(&events, directory.unwrap_or(Path::new(".")), interest)?;
+        #[expect(deprecated, reason = "unsound only for types that don't own their descriptor; this one does")]
         Ok(Self { events: tokio::io::unix::AsyncFd::new(events)? })
     }
 
