@@ -45,25 +45,17 @@ fn main() -> ExitCode {
 
 /// The repository's top folder.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .map_or_else(|| PathBuf::from("."), Path::to_path_buf)
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().map_or_else(|| PathBuf::from("."), Path::to_path_buf)
 }
 
 /// A line for people.
-#[expect(
-    clippy::print_stderr,
-    reason = "the task runner's one place that talks"
-)]
+#[expect(clippy::print_stderr, reason = "the task runner's one place that talks")]
 fn say(line: &str) {
     eprintln!("{line}");
 }
 
 /// A line of data.
-#[expect(
-    clippy::print_stdout,
-    reason = "the task runner's one place that prints results"
-)]
+#[expect(clippy::print_stdout, reason = "the task runner's one place that prints results")]
 fn print(line: &str) {
     println!("{line}");
 }

@@ -27,10 +27,7 @@ pub(crate) struct Finding {
 
 impl Finding {
     fn new(place: impl Into<String>, what: impl Into<String>) -> Self {
-        Self {
-            place: place.into(),
-            what: what.into(),
-        }
+        Self { place: place.into(), what: what.into() }
     }
 }
 
@@ -59,15 +56,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
 /// The files that git tracks or would track, those that are text.
 fn tracked(root: &Path) -> Result<Tree> {
     let listing = output(
-        Command::new("git")
-            .args([
-                "ls-files",
-                "-z",
-                "--cached",
-                "--others",
-                "--exclude-standard",
-            ])
-            .current_dir(root),
+        Command::new("git").args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"]).current_dir(root),
     )?;
     let mut tree = Tree::new();
     for path in listing.split('\0').filter(|path| !path.is_empty()) {
@@ -82,24 +71,16 @@ fn tracked(root: &Path) -> Result<Tree> {
 
 fn metadata(root: &Path, more: &[&str]) -> Result<serde_json::Value> {
     let text = output(
-        Command::new("cargo")
-            .args(["metadata", "--format-version=1", "--locked"])
-            .args(more)
-            .current_dir(root),
+        Command::new("cargo").args(["metadata", "--format-version=1", "--locked"]).args(more).current_dir(root),
     )?;
     serde_json::from_str(&text).context("cargo metadata printed no JSON")
 }
 
 fn output(command: &mut Command) -> Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
-    let output = command
-        .output()
-        .with_context(|| format!("{program} did not start"))?;
+    let output = command.output().with_context(|| format!("{program} did not start"))?;
     if !output.status.success() {
-        bail!(
-            "{program} failed: {}",
-            String::from_utf8_lossy(&output.stderr).trim()
-        );
+        bail!("{program} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

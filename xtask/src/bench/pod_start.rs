@@ -27,26 +27,12 @@ pub(super) fn run(quick: bool, root: &Path) -> Result<()> {
     let pods_for_memory = if quick { 0 } else { 4 };
     let program = build(root)?;
     let guest = root.join("target/guest/tiny.oci");
-    ensure!(
-        guest.is_dir(),
-        "{} is missing: run `make guest` first",
-        guest.display()
-    );
-    rustls::crypto::ring::default_provider()
-        .install_default()
-        .ok();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
+    ensure!(guest.is_dir(), "{} is missing: run `make guest` first", guest.display());
+    rustls::crypto::ring::default_provider().install_default().ok();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
 
-    let scratch = tempfile::Builder::new()
-        .prefix("vmpod-bench-")
-        .tempdir_in(root.join("target"))?;
-    let bench = Bench {
-        program,
-        home: scratch.path().join("home"),
-        scratch: scratch.path().to_owned(),
-    };
+    let scratch = tempfile::Builder::new().prefix("vmpod-bench-").tempdir_in(root.join("target"))?;
+    let bench = Bench { program, home: scratch.path().join("home"), scratch: scratch.path().to_owned() };
     bench.vmpod(&["image", "import", path(&guest)?, "tiny"])?;
     let up = bench.up()?;
     let outcome = runtime.block_on(bench.measure(rounds, pods_for_memory, up.id()));
@@ -76,13 +62,9 @@ struct Figures {
 impl Bench {
     async fn measure(&self, rounds: u32, pods_for_memory: u32, agent: u32) -> Result<Figures> {
         let kubeconfig = Kubeconfig::read_from(self.home.join("kubeconfig"))?;
-        let config =
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+        let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
         let pods: Api<Pod> = Api::default_namespaced(Client::try_from(config)?);
-        let mut figures = Figures {
-            rss_idle: process::resident_mib(agent)?,
-            ..Figures::default()
-        };
+        let mut figures = Figures { rss_idle: process::resident_mib(agent)?, ..Figures::default() };
         for round in 0..rounds {
             let name = format!("round-{round}");
             let created = Instant::now();
@@ -108,8 +90,7 @@ impl Bench {
                 create(&pods, &name).await?;
                 ready(&pods, &name).await?;
             }
-            figures.rss_per_pod =
-                Some((process::resident_mib(agent)? - before) / f64::from(pods_for_memory));
+            figures.rss_per_pod = Some((process::resident_mib(agent)? - before) / f64::from(pods_for_memory));
             for number in 0..pods_for_memory {
                 delete(&pods, &format!("memory-{number}")).await?;
             }
@@ -118,11 +99,7 @@ impl Bench {
     }
 
     fn vmpod(&self, arguments: &[&str]) -> Result<()> {
-        let output = Command::new(&self.program)
-            .arg("--home")
-            .arg(&self.home)
-            .args(arguments)
-            .output()?;
+        let output = Command::new(&self.program).arg("--home").arg(&self.home).args(arguments).output()?;
         ensure!(
             output.status.success(),
             "vmpod {} failed: {}",
@@ -135,21 +112,12 @@ impl Bench {
     fn up(&self) -> Result<Owned> {
         let log = self.scratch.join("up.log");
         let mut command = Command::new(&self.program);
-        command.arg("--home").arg(&self.home).args([
-            "up",
-            "--api-port",
-            "0",
-            "--kubelet-port",
-            "0",
-        ]);
+        command.arg("--home").arg(&self.home).args(["up", "--api-port", "0", "--kubelet-port", "0"]);
         let mut up = Owned::start(&mut command, &log)?;
         let until = Instant::now() + START;
         while !self.home.join("kubeconfig").exists() || !ready_line(&log) {
             if up.has_ended().is_some() || Instant::now() > until {
-                bail!(
-                    "vmpod up did not come up:\n{}",
-                    fs::read_to_string(&log).unwrap_or_default()
-                );
+                bail!("vmpod up did not come up:\n{}", fs::read_to_string(&log).unwrap_or_default());
             }
             process::pause(20);
         }
@@ -162,10 +130,7 @@ impl Bench {
         let dir = fs::read_dir(&machines)?
             .flatten()
             .map(|entry| entry.path())
-            .find(|path| {
-                path.file_name()
-                    .is_some_and(|name| name.to_string_lossy().starts_with(uid))
-            })
+            .find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(uid)))
             .with_context(|| format!("no machine of pod {uid} in {}", machines.display()))?;
         let words = process::command_line_in(&fs::canonicalize(&dir)?, "qemu-system")?;
         let spec: Value = serde_json::from_slice(&fs::read(dir.join("spec.json"))?)?;
@@ -180,22 +145,11 @@ impl Bench {
                 fs::copy(entry.path(), copy.join(entry.file_name()))?;
             }
         }
-        let network =
-            find(&spec, "ssh_port").context("the machine's description names no ssh_port")?;
-        let address = network["address"]
-            .as_str()
-            .context("…and no address")?
-            .to_owned();
+        let network = find(&spec, "ssh_port").context("the machine's description names no ssh_port")?;
+        let address = network["address"].as_str().context("…and no address")?.to_owned();
         let port = network["ssh_port"].as_u64().context("…and no number")?;
-        let user =
-            find(&spec, "user").and_then(|access| access["user"].as_str().map(str::to_owned));
-        Ok(ByHand {
-            words,
-            dir: copy,
-            address,
-            port,
-            user: user.unwrap_or_else(|| "root".to_owned()),
-        })
+        let user = find(&spec, "user").and_then(|access| access["user"].as_str().map(str::to_owned));
+        Ok(ByHand { words, dir: copy, address, port, user: user.unwrap_or_else(|| "root".to_owned()) })
     }
 }
 
@@ -220,10 +174,7 @@ struct ByHand {
 
 impl ByHand {
     fn start_and_poll(&self) -> Result<Duration> {
-        let (program, arguments) = self
-            .words
-            .split_first()
-            .context("a process has a command line")?;
+        let (program, arguments) = self.words.split_first().context("a process has a command line")?;
         let started = Instant::now();
         let mut command = Command::new(program);
         command.args(arguments).current_dir(&self.dir);
@@ -242,30 +193,11 @@ impl ByHand {
 
     fn ssh_true(&self) -> Result<bool> {
         let status = Command::new("ssh")
-            .args([
-                "-F",
-                "/dev/null",
-                "-o",
-                "BatchMode=yes",
-                "-o",
-                "StrictHostKeyChecking=no",
-            ])
-            .args([
-                "-o",
-                "UserKnownHostsFile=/dev/null",
-                "-o",
-                "LogLevel=ERROR",
-                "-o",
-                "ConnectTimeout=10",
-            ])
+            .args(["-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"])
+            .args(["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"])
             .arg("-i")
             .arg(self.dir.join("id_ed25519"))
-            .args([
-                "-p",
-                &self.port.to_string(),
-                &format!("{}@{}", self.user, self.address),
-                "true",
-            ])
+            .args(["-p", &self.port.to_string(), &format!("{}@{}", self.user, self.address), "true"])
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .status()
@@ -277,9 +209,7 @@ impl ByHand {
 impl Figures {
     fn print(&self, rounds: u32) {
         let ratio = self.pod.median() / self.raw.median();
-        crate::print(&format!(
-            "{rounds} rounds, seconds                    median    least     most"
-        ));
+        crate::print(&format!("{rounds} rounds, seconds                    median    least     most"));
         for (what, samples) in [
             ("pod created → Ready", &self.ready),
             ("pod created → exec answers", &self.pod),
@@ -293,17 +223,10 @@ impl Figures {
                 samples.most()
             ));
         }
-        crate::print(&format!(
-            "pod over QEMU by hand                {ratio:>8.3}"
-        ));
-        crate::print(&format!(
-            "`vmpod up`, resident, idle           {:>8.1} MiB",
-            self.rss_idle
-        ));
+        crate::print(&format!("pod over QEMU by hand                {ratio:>8.3}"));
+        crate::print(&format!("`vmpod up`, resident, idle           {:>8.1} MiB", self.rss_idle));
         if let Some(rss) = self.rss_per_pod {
-            crate::print(&format!(
-                "`vmpod up`, resident, per pod        {rss:>8.2} MiB"
-            ));
+            crate::print(&format!("`vmpod up`, resident, per pod        {rss:>8.2} MiB"));
         }
         let line = json!({
             "cold_over_raw": rounded(ratio),
@@ -323,8 +246,7 @@ fn rounded(value: f64) -> f64 {
 }
 
 fn path(path: &Path) -> Result<&str> {
-    path.to_str()
-        .with_context(|| format!("{} is not UTF-8", path.display()))
+    path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 fn ready_line(log: &Path) -> bool {
@@ -351,10 +273,7 @@ async fn create(pods: &Api<Pod>, name: &str) -> Result<String> {
             "resources": {"limits": {"cpu": "1", "memory": "256Mi"}},
         }]},
     }))?;
-    let pod = pods
-        .create(&PostParams::default(), &pod)
-        .await
-        .context("the pod was not created")?;
+    let pod = pods.create(&PostParams::default(), &pod).await.context("the pod was not created")?;
     pod.metadata.uid.context("a pod has a uid")
 }
 
@@ -388,26 +307,16 @@ async fn watch(pods: &Api<Pod>, name: &str, done: impl Fn(&WatchEvent<Pod>) -> b
         }
         bail!("the watch ended")
     };
-    tokio::time::timeout(START, watching)
-        .await
-        .context("it took too long")?
+    tokio::time::timeout(START, watching).await.context("it took too long")?
 }
 
 fn is_ready(pod: &Pod) -> bool {
-    let conditions = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.conditions.as_deref())
-        .unwrap_or_default();
-    conditions
-        .iter()
-        .any(|condition| condition.type_ == "Ready" && condition.status == "True")
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
 async fn exec_true(pods: &Api<Pod>, name: &str) -> Result<()> {
-    let mut process = pods
-        .exec(name, ["true"], &AttachParams::default().stderr(false))
-        .await?;
+    let mut process = pods.exec(name, ["true"], &AttachParams::default().stderr(false)).await?;
     let status = process.take_status().context("exec has a status")?.await;
     let succeeded = status.as_ref().and_then(|status| status.status.as_deref()) == Some("Success");
     ensure!(succeeded, "exec in pod {name}: {status:?}");

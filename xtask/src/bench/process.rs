@@ -20,8 +20,7 @@ impl Owned {
     /// Starts a program in a group of its own, quietly: what it says goes to `log`.
     pub(crate) fn start(command: &mut Command, log: &Path) -> Result<Self> {
         let name = command.get_program().to_string_lossy().into_owned();
-        let file =
-            std::fs::File::create(log).with_context(|| format!("can't make {}", log.display()))?;
+        let file = std::fs::File::create(log).with_context(|| format!("can't make {}", log.display()))?;
         let child = command
             .stdin(Stdio::null())
             .stdout(file.try_clone()?)
@@ -42,10 +41,7 @@ impl Owned {
 
     /// Asks it to end and waits up to `limit`.
     pub(crate) fn end(mut self, limit: Duration) -> Result<()> {
-        let pid = i32::try_from(self.child.id())
-            .ok()
-            .and_then(Pid::from_raw)
-            .context("a process has a number")?;
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw).context("a process has a number")?;
         kill_process(pid, Signal::TERM).with_context(|| format!("can't end {}", self.name))?;
         let until = Instant::now() + limit;
         while self.child.try_wait()?.is_none() {
@@ -67,10 +63,7 @@ impl Drop for Owned {
 }
 
 /// Waits; a benchmark that plays the part of a polling script has nothing better.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the peer that is measured polls; so does waiting for a foreign process"
-)]
+#[expect(clippy::disallowed_methods, reason = "the peer that is measured polls; so does waiting for a foreign process")]
 pub(crate) fn pause(milliseconds: u64) {
     std::thread::sleep(Duration::from_millis(milliseconds));
 }
@@ -91,15 +84,11 @@ pub(crate) fn command_line_in(dir: &Path, program: &str) -> Result<Vec<OsString>
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let at = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
         let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let mut words: Vec<OsString> = words
-            .split(|byte| *byte == 0)
-            .map(|word| OsString::from_vec(word.to_vec()))
-            .collect();
+        let mut words: Vec<OsString> =
+            words.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec())).collect();
         // The list ends with a separator.
         words.pop();
-        let is_it = words
-            .first()
-            .is_some_and(|first| first.to_string_lossy().contains(program));
+        let is_it = words.first().is_some_and(|first| first.to_string_lossy().contains(program));
         if at == dir && is_it {
             return Ok(words);
         }

@@ -12,17 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("vmpod-apiserver", &[]),
     ("vmpod-node", &["vmpod-api", "vmpod-image", "vmpod-machine"]),
     ("vmpod-fleet", &["vmpod-api"]),
-    (
-        "vmpod",
-        &[
-            "vmpod-api",
-            "vmpod-apiserver",
-            "vmpod-fleet",
-            "vmpod-image",
-            "vmpod-machine",
-            "vmpod-node",
-        ],
-    ),
+    ("vmpod", &["vmpod-api", "vmpod-apiserver", "vmpod-fleet", "vmpod-image", "vmpod-machine", "vmpod-node"]),
 ];
 
 /// Crates of tests and tools: they may use all, and nothing may use them.
@@ -31,10 +21,7 @@ const OUTSIDE: &[&str] = &["e2e", "xtask"];
 /// For each crate, outside crates that would break its promise not to know a thing.
 const FOREIGN: &[(&str, &[&str])] = &[
     ("vmpod-api", &["tokio", "reqwest", "hyper", "axum"]),
-    (
-        "vmpod-machine",
-        &["kube", "k8s-openapi", "oci-spec", "oci-client"],
-    ),
+    ("vmpod-machine", &["kube", "k8s-openapi", "oci-spec", "oci-client"]),
     ("vmpod-image", &["kube", "k8s-openapi"]),
     ("vmpod-apiserver", &["kube"]),
 ];
@@ -44,26 +31,14 @@ const FOREIGN: &[(&str, &[&str])] = &[
 /// Development dependencies are free: a test may put a real peer on the other side.
 pub(super) fn check(metadata: &Value) -> Vec<Finding> {
     let mut findings = Vec::new();
-    let packages = metadata["packages"]
-        .as_array()
-        .map_or(&[][..], Vec::as_slice);
+    let packages = metadata["packages"].as_array().map_or(&[][..], Vec::as_slice);
     if packages.is_empty() {
-        findings.push(Finding::new(
-            "Cargo.toml",
-            "cargo metadata names no packages",
-        ));
+        findings.push(Finding::new("Cargo.toml", "cargo metadata names no packages"));
     }
-    let ours: Vec<&str> = packages
-        .iter()
-        .filter_map(|package| package["name"].as_str())
-        .collect();
+    let ours: Vec<&str> = packages.iter().filter_map(|package| package["name"].as_str()).collect();
     for package in packages {
         let name = package["name"].as_str().unwrap_or_default();
-        if package["description"]
-            .as_str()
-            .unwrap_or_default()
-            .is_empty()
-        {
+        if package["description"].as_str().unwrap_or_default().is_empty() {
             findings.push(Finding::new(name, "has no description"));
         }
         let normal = package["dependencies"]
@@ -72,34 +47,20 @@ pub(super) fn check(metadata: &Value) -> Vec<Finding> {
             .flatten()
             .filter(|dependency| dependency["kind"].as_str() != Some("dev"))
             .filter_map(|dependency| dependency["name"].as_str());
-        let allowed = ALLOWED
-            .iter()
-            .find(|(member, _)| *member == name)
-            .map(|(_, allowed)| *allowed);
-        let foreign = FOREIGN
-            .iter()
-            .find(|(member, _)| *member == name)
-            .map_or(&[][..], |(_, foreign)| *foreign);
+        let allowed = ALLOWED.iter().find(|(member, _)| *member == name).map(|(_, allowed)| *allowed);
+        let foreign = FOREIGN.iter().find(|(member, _)| *member == name).map_or(&[][..], |(_, foreign)| *foreign);
         if allowed.is_none() && !OUTSIDE.contains(&name) {
-            findings.push(Finding::new(
-                name,
-                "is not in the table of crates (xtask/src/tidy/directions.rs)",
-            ));
+            findings.push(Finding::new(name, "is not in the table of crates (xtask/src/tidy/directions.rs)"));
         }
         for dependency in normal {
             let inside = ours.contains(&dependency);
             if inside && OUTSIDE.contains(&dependency) {
-                findings.push(Finding::new(
-                    name,
-                    format!("depends on {dependency}, which nothing may use"),
-                ));
+                findings.push(Finding::new(name, format!("depends on {dependency}, which nothing may use")));
             } else if inside && allowed.is_some_and(|allowed| !allowed.contains(&dependency)) {
                 findings.push(Finding::new(name, format!("must not know {dependency}")));
             } else if foreign.contains(&dependency) {
-                findings.push(Finding::new(
-                    name,
-                    format!("must not know {dependency}: see its row in ARCHITECTURE.md"),
-                ));
+                findings
+                    .push(Finding::new(name, format!("must not know {dependency}: see its row in ARCHITECTURE.md")));
             }
         }
     }
@@ -112,10 +73,8 @@ mod tests {
     use serde_json::json;
 
     fn package(name: &str, dependencies: &[(&str, Option<&str>)]) -> Value {
-        let dependencies: Vec<Value> = dependencies
-            .iter()
-            .map(|(name, kind)| json!({"name": name, "kind": kind}))
-            .collect();
+        let dependencies: Vec<Value> =
+            dependencies.iter().map(|(name, kind)| json!({"name": name, "kind": kind})).collect();
         json!({"name": name, "description": "d", "dependencies": dependencies})
     }
 
@@ -135,10 +94,7 @@ mod tests {
             package("vmpod-node", &[]),
             package("vmpod-fleet", &[("vmpod-node", None)]),
         ]});
-        assert_eq!(
-            check(&metadata),
-            [Finding::new("vmpod-fleet", "must not know vmpod-node")]
-        );
+        assert_eq!(check(&metadata), [Finding::new("vmpod-fleet", "must not know vmpod-node")]);
     }
 
     #[test]
@@ -146,10 +102,7 @@ mod tests {
         let metadata = json!({"packages": [package("vmpod-machine", &[("kube", None), ("k8s-openapi", Some("dev"))])]});
         let findings = check(&metadata);
         assert_eq!(findings.len(), 1, "{findings:?}");
-        assert!(
-            findings[0].what.contains("must not know kube"),
-            "{findings:?}"
-        );
+        assert!(findings[0].what.contains("must not know kube"), "{findings:?}");
     }
 
     #[test]
@@ -157,22 +110,14 @@ mod tests {
         let metadata = json!({"packages": [{"name": "vmpod-common", "dependencies": []}]});
         let findings: Vec<String> = check(&metadata).iter().map(ToString::to_string).collect();
         assert_eq!(findings.len(), 2, "{findings:?}");
-        assert!(
-            findings[0].contains("no description") && findings[1].contains("not in the table"),
-            "{findings:?}"
-        );
+        assert!(findings[0].contains("no description") && findings[1].contains("not in the table"), "{findings:?}");
     }
 
     #[test]
     fn nothing_may_use_the_test_crates() {
-        let metadata = json!({"packages": [package("e2e", &[]), package("xtask", &[]), package("vmpod", &[("e2e", None)])]});
-        assert_eq!(
-            check(&metadata),
-            [Finding::new(
-                "vmpod",
-                "depends on e2e, which nothing may use"
-            )]
-        );
+        let metadata =
+            json!({"packages": [package("e2e", &[]), package("xtask", &[]), package("vmpod", &[("e2e", None)])]});
+        assert_eq!(check(&metadata), [Finding::new("vmpod", "depends on e2e, which nothing may use")]);
     }
 
     #[test]

@@ -12,18 +12,12 @@ pub(super) fn check(tree: &Tree) -> Vec<Finding> {
     for (path, text) in tree {
         let name = path.rsplit('/').next().unwrap_or(path);
         if name == "mod.rs" {
-            findings.push(Finding::new(
-                path,
-                "write the module as noun.rs beside noun/",
-            ));
+            findings.push(Finding::new(path, "write the module as noun.rs beside noun/"));
         }
         if is_code(path) {
             let lines = code_lines(text);
             if lines > LONGEST {
-                findings.push(Finding::new(
-                    path,
-                    format!("{lines} lines before its tests; at most {LONGEST}"),
-                ));
+                findings.push(Finding::new(path, format!("{lines} lines before its tests; at most {LONGEST}")));
             }
         }
         if name == "Cargo.toml" && path != "Cargo.toml" && !takes_the_lints(text) {
@@ -42,16 +36,12 @@ pub(super) fn check(tree: &Tree) -> Vec<Finding> {
 }
 
 fn has_ending(path: &str, ending: &str) -> bool {
-    Path::new(path)
-        .extension()
-        .is_some_and(|found| found == ending)
+    Path::new(path).extension().is_some_and(|found| found == ending)
 }
 
 /// Rust code that ships: not tests, not benchmarks.
 fn is_code(path: &str) -> bool {
-    let beside_tests = path
-        .split('/')
-        .any(|part| matches!(part, "tests" | "benches" | "fuzz"));
+    let beside_tests = path.split('/').any(|part| matches!(part, "tests" | "benches" | "fuzz"));
     has_ending(path, "rs") && !beside_tests && !path.ends_with("/tests.rs")
 }
 
@@ -79,11 +69,7 @@ fn broken_links(tree: &Tree, path: &str, text: &str) -> Vec<Finding> {
     let folder = Path::new(path).parent().unwrap_or(Path::new(""));
     let mut findings = Vec::new();
     for (number, line) in outside_code(text) {
-        for target in line
-            .split("](")
-            .skip(1)
-            .filter_map(|rest| rest.split(')').next())
-        {
+        for target in line.split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             let target = target.split(['#', ' ']).next().unwrap_or_default();
             if target.is_empty() || target.contains("://") || target.starts_with("mailto:") {
                 continue;
@@ -91,10 +77,8 @@ fn broken_links(tree: &Tree, path: &str, text: &str) -> Vec<Finding> {
             let resolved = normalised(&folder.join(target));
             let inside = format!("{resolved}/");
             if !tree.contains_key(&resolved) && !tree.keys().any(|file| file.starts_with(&inside)) {
-                findings.push(Finding::new(
-                    format!("{path}:{number}"),
-                    format!("links to {target}, which is not there"),
-                ));
+                findings
+                    .push(Finding::new(format!("{path}:{number}"), format!("links to {target}, which is not there")));
             }
         }
     }
@@ -133,18 +117,11 @@ mod tests {
 
     fn tree(files: &[(&str, &str)]) -> Tree {
         let changelog = ("CHANGELOG.md", "## [Unreleased]\n");
-        files
-            .iter()
-            .chain([&changelog])
-            .map(|(path, text)| ((*path).to_owned(), (*text).to_owned()))
-            .collect()
+        files.iter().chain([&changelog]).map(|(path, text)| ((*path).to_owned(), (*text).to_owned())).collect()
     }
 
     fn found(files: &[(&str, &str)]) -> Vec<String> {
-        check(&tree(files))
-            .iter()
-            .map(ToString::to_string)
-            .collect()
+        check(&tree(files)).iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -156,10 +133,7 @@ mod tests {
             ),
             ("docs/a.md", "[back](../README.md)"),
             ("examples/pod.yaml", ""),
-            (
-                "crates/a/Cargo.toml",
-                "[package]\n[lints]\nworkspace = true\n",
-            ),
+            ("crates/a/Cargo.toml", "[package]\n[lints]\nworkspace = true\n"),
         ]);
         assert_eq!(findings, Vec::<String>::new());
     }
@@ -167,22 +141,10 @@ mod tests {
     #[test]
     fn a_long_module_is_found_and_its_tests_do_not_count() {
         let long = "x\n".repeat(LONGEST + 1);
-        let tested = format!(
-            "{}#[cfg(test)]\nmod tests {{\n{long}}}\n",
-            "x\n".repeat(LONGEST)
-        );
-        assert_eq!(
-            found(&[
-                ("crates/a/src/b.rs", &tested),
-                ("crates/a/tests/c.rs", &long)
-            ]),
-            Vec::<String>::new()
-        );
+        let tested = format!("{}#[cfg(test)]\nmod tests {{\n{long}}}\n", "x\n".repeat(LONGEST));
+        assert_eq!(found(&[("crates/a/src/b.rs", &tested), ("crates/a/tests/c.rs", &long)]), Vec::<String>::new());
         let findings = found(&[("crates/a/src/b.rs", &long)]);
-        assert_eq!(
-            findings,
-            ["crates/a/src/b.rs: 801 lines before its tests; at most 800"]
-        );
+        assert_eq!(findings, ["crates/a/src/b.rs: 801 lines before its tests; at most 800"]);
     }
 
     #[test]
@@ -193,11 +155,7 @@ mod tests {
     #[test]
     fn a_manifest_without_the_lints_is_found() {
         assert!(
-            found(&[(
-                "crates/a/Cargo.toml",
-                "[lints]\n[dependencies]\nworkspace = true\n"
-            )])[0]
-                .contains("[lints]")
+            found(&[("crates/a/Cargo.toml", "[lints]\n[dependencies]\nworkspace = true\n")])[0].contains("[lints]")
         );
     }
 
@@ -205,10 +163,7 @@ mod tests {
     fn broken_links_are_found() {
         let findings = found(&[("docs/a.md", "one\n[gone](b.md) [out](../../etc/passwd)")]);
         assert_eq!(findings.len(), 2, "{findings:?}");
-        assert!(
-            findings[0].starts_with("docs/a.md:2: links to"),
-            "{findings:?}"
-        );
+        assert!(findings[0].starts_with("docs/a.md:2: links to"), "{findings:?}");
     }
 
     #[test]

@@ -32,17 +32,11 @@ pub(super) fn check(metadata: &Value) -> Vec<Finding> {
         match package["source"].as_str() {
             None => {}
             Some(source) if source.starts_with("registry+") => {}
-            Some(source) => findings.push(Finding::new(
-                &name,
-                format!("comes from {source}, not from the registry"),
-            )),
+            Some(source) => findings.push(Finding::new(&name, format!("comes from {source}, not from the registry"))),
         }
         let licence = package["license"].as_str().unwrap_or_default();
         if !satisfied(licence) {
-            findings.push(Finding::new(
-                &name,
-                format!("licence `{licence}` is not one of those allowed"),
-            ));
+            findings.push(Finding::new(&name, format!("licence `{licence}` is not one of those allowed")));
         }
     }
     findings
@@ -50,10 +44,7 @@ pub(super) fn check(metadata: &Value) -> Vec<Finding> {
 
 /// Whether an SPDX expression can be met with allowed licences. `/` is cargo's old way to write `OR`.
 fn satisfied(expression: &str) -> bool {
-    let spaced = expression
-        .replace('/', " OR ")
-        .replace('(', " ( ")
-        .replace(')', " ) ");
+    let spaced = expression.replace('/', " OR ").replace('(', " ( ").replace(')', " ) ");
     let mut words = spaced.split_whitespace().peekable();
     let met = any(&mut words);
     met && words.next().is_none()
@@ -111,15 +102,7 @@ mod tests {
         ] {
             assert!(satisfied(met), "{met}");
         }
-        for refused in [
-            "",
-            "GPL-3.0",
-            "MIT AND GPL-2.0",
-            "(MIT",
-            "MIT)",
-            "MIT OR",
-            "(MIT OR X) AND (Y OR GPL-2.0)",
-        ] {
+        for refused in ["", "GPL-3.0", "MIT AND GPL-2.0", "(MIT", "MIT)", "MIT OR", "(MIT OR X) AND (Y OR GPL-2.0)"] {
             // `MIT OR` is broken, yet its left side is enough.
             assert_eq!(satisfied(refused), refused == "MIT OR", "{refused}");
         }
@@ -134,10 +117,7 @@ mod tests {
             {"name": "copyleft", "version": "2.0.0", "license": "AGPL-3.0", "source": "registry+x"},
             {"name": "silent", "version": "3.0.0", "license": null, "source": "registry+x"},
         ]});
-        let places: Vec<String> = check(&metadata)
-            .into_iter()
-            .map(|finding| finding.place)
-            .collect();
+        let places: Vec<String> = check(&metadata).into_iter().map(|finding| finding.place).collect();
         assert_eq!(places, ["fork 1.0.0", "copyleft 2.0.0", "silent 3.0.0"]);
     }
 }
