@@ -26,6 +26,8 @@ pub mod loopback;
 mod machine;
 pub mod machines;
 pub mod qemu;
+#[cfg(target_os = "linux")]
+mod readable;
 pub mod seed;
 pub mod spec;
 

@@ -191,7 +191,7 @@ impl Machines {
             };
         }
         if let Some(seed) = &spec.seed {
-            seed::write(&dir, seed).map_err(|source| MachineError::Seed { id: spec.id.clone(), source })?;
+            seed::write(&dir, &spec, seed).map_err(|source| MachineError::Seed { id: spec.id.clone(), source })?;
             self.inner.faults.hit("machines: seed written").await;
         }
         directory::write_json(&dir.spec(), &spec).map_err(io_error("write", &dir.spec()))?;

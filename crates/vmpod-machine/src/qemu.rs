@@ -1,29 +1,112 @@
 //! Machines as QEMU processes.
+//!
+//! How a process is known to be a machine's, without trusting a process number:
+//!
+//! * Whoever starts a machine first takes an exclusive `flock` on the file `lock` in its directory, and hands that open
+//!   file to QEMU as standard input. The kernel keeps the lock until the last holder is gone. So "is there a process?"
+//!   has an exact answer at any time, also when the agent died between taking the lock and QEMU's first instruction, and
+//!   a second process can't be started however the first came about.
+//! * A process that answers on `qmp.sock` with the machine's UUID is the machine. Its number is then the socket's peer,
+//!   and a pidfd taken from it can't come to mean another process.
+//! * A holder that doesn't answer is found through `/proc/*/fd/0`, by the lock file's device and inode.
+//!
+//! What is known of an end that no agent saw: QEMU is told to trace the cause of its own shutdown to `process.log`. No
+//! such line means that it was killed or crashed.
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
 
 use async_trait::async_trait;
+use jiff::Timestamp;
+use rustix::fs::FlockOperation;
 
+use crate::console::Watch;
 use crate::directory::MachineDir;
 use crate::hypervisor::{Hypervisor, HypervisorError, Process};
 use crate::lifecycle::Exit;
-use crate::spec::Spec;
+use crate::spec::{Arch, Boot, Firmware, Spec};
+
+mod args;
+mod process;
+mod qmp;
+mod session;
+
+pub use args::args;
+use process::QemuProcess;
+use qmp::Qmp;
+
+const LOCK: &str = "lock";
+const SOCKET: &str = "qmp.sock";
+const LOG: &str = "process.log";
+const VARIABLES: &str = "efivars.fd";
+
+/// How long a process may take until it answers. A busy host is slow; a broken one is for ever.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long a process that is found may take until it answers.
+const FIND_LIMIT: Duration = Duration::from_secs(5);
 
 /// QEMU on this host.
 #[derive(Clone, Debug)]
 pub struct Qemu {
-    /// The program; looked up in `PATH` when it is a bare name.
+    /// The program for guests of this host's architecture; looked up in `PATH` when it is a bare name.
     pub program: PathBuf,
 }
 
 impl Default for Qemu {
     fn default() -> Self {
-        Self { program: PathBuf::from(format!("qemu-system-{}", std::env::consts::ARCH)) }
+        Self { program: PathBuf::from(program_name(Arch::host().unwrap_or(Arch::Amd64))) }
     }
 }
 
-fn later<T>() -> Result<T, HypervisorError> {
-    Err(HypervisorError::Unsupported("not built yet".to_owned()))
+fn program_name(arch: Arch) -> &'static str {
+    match arch {
+        Arch::Amd64 => "qemu-system-x86_64",
+        Arch::Arm64 => "qemu-system-aarch64",
+    }
+}
+
+impl Qemu {
+    /// The program for a guest's architecture.
+    fn program(&self, arch: Arch) -> &Path {
+        if Arch::host() == Some(arch) { &self.program } else { Path::new(program_name(arch)) }
+    }
+
+    /// The first line of `--version`, for `doctor`.
+    pub async fn version(&self) -> Result<String, HypervisorError> {
+        let output = tokio::process::Command::new(&self.program)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .output()
+            .await
+            .map_err(|source| HypervisorError::Program { program: self.program.display().to_string(), source })?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        Ok(text.lines().next().unwrap_or_default().to_owned())
+    }
+}
+
+/// Code and variables of a firmware, in the places of the distributions.
+fn firmware(arch: Arch, kind: Firmware) -> Option<(&'static str, &'static str)> {
+    let places: &[(&str, &str)] = match (arch, kind) {
+        (_, Firmware::Bios) => &[],
+        (Arch::Amd64, Firmware::Uefi) => &[
+            ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+            ("/usr/share/edk2/ovmf/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_VARS.fd"),
+            ("/usr/share/edk2/x64/OVMF_CODE.4m.fd", "/usr/share/edk2/x64/OVMF_VARS.4m.fd"),
+        ],
+        (Arch::Amd64, Firmware::Secure) => &[
+            ("/usr/share/OVMF/OVMF_CODE_4M.ms.fd", "/usr/share/OVMF/OVMF_VARS_4M.ms.fd"),
+            ("/usr/share/edk2/ovmf/OVMF_CODE.secboot.fd", "/usr/share/edk2/ovmf/OVMF_VARS.secboot.fd"),
+        ],
+        (Arch::Arm64, _) => &[
+            ("/usr/share/AAVMF/AAVMF_CODE.fd", "/usr/share/AAVMF/AAVMF_VARS.fd"),
+            ("/usr/share/edk2/aarch64/QEMU_EFI-silent-pflash.raw", "/usr/share/edk2/aarch64/vars-template-pflash.raw"),
+        ],
+    };
+    places.iter().copied().find(|(code, vars)| Path::new(code).exists() && Path::new(vars).exists())
 }
 
 #[async_trait]
@@ -32,19 +115,212 @@ impl Hypervisor for Qemu {
         "qemu"
     }
 
-    async fn start(&self, _spec: &Spec, _dir: &MachineDir) -> Result<Box<dyn Process>, HypervisorError> {
-        later()
+    async fn start(&self, spec: &Spec, dir: &MachineDir) -> Result<Box<dyn Process>, HypervisorError> {
+        let lock = match take_lock(dir)? {
+            Lock::Taken(lock) => lock,
+            Lock::Held | Lock::Absent => {
+                let holder = holder(dir).map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
+                return Err(HypervisorError::Occupied { holder });
+            }
+        };
+        remove(&dir.file(SOCKET))?;
+        remove(&dir.file("console.sock"))?;
+        let code = match spec.boot {
+            Boot::Firmware(kind @ (Firmware::Uefi | Firmware::Secure)) => {
+                let (code, variables) = firmware(spec.arch, kind).ok_or_else(|| {
+                    HypervisorError::Unsupported(
+                        "no UEFI firmware for this guest is installed: install the package ovmf (or edk2-ovmf, \
+                         qemu-efi-aarch64)"
+                            .to_owned(),
+                    )
+                })?;
+                let ours = dir.file(VARIABLES);
+                std::fs::copy(variables, &ours)
+                    .map_err(HypervisorError::io(format!("can't copy {variables} to {}", ours.display())))?;
+                Some(Path::new(code))
+            }
+            _ => None,
+        };
+        let log_path = dir.file(LOG);
+        let log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&log_path)
+            .map_err(HypervisorError::io(format!("can't open {}", log_path.display())))?;
+        let log_too = log.try_clone().map_err(HypervisorError::io("can't duplicate a file descriptor"))?;
+        let mut watch = Watch::new(&dir.file(SOCKET)).map_err(HypervisorError::io("can't watch the directory"))?;
+        let program = self.program(spec.arch);
+        let mut command = std::process::Command::new(program);
+        command
+            .args(args(spec, code))
+            .current_dir(dir.path())
+            .stdin(Stdio::from(lock))
+            .stdout(Stdio::from(log_too))
+            .stderr(Stdio::from(log));
+        session::of_its_own(&mut command);
+        let child = tokio::process::Command::from(command)
+            .spawn()
+            .map_err(|source| HypervisorError::Program { program: program.display().to_string(), source })?;
+        let mut child = Some(child);
+        let answer = tokio::time::timeout(START_LIMIT, async {
+            loop {
+                if dir.file(SOCKET).exists()
+                    && let Ok(qmp) = Qmp::connect(dir, SOCKET).await
+                {
+                    return Ok(qmp);
+                }
+                let Some(child) = &mut child else { continue };
+                tokio::select! {
+                    status = child.wait() => {
+                        let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+                        return Err(HypervisorError::DiedAtStart {
+                            hypervisor: "qemu",
+                            output: last_words(dir).unwrap_or(status),
+                        });
+                    }
+                    changed = watch.changed() => changed.map_err(HypervisorError::io("can't watch the directory"))?,
+                    // The socket's name appears an instant before it listens.
+                    () = tokio::time::sleep(Duration::from_millis(5)), if dir.file(SOCKET).exists() => {}
+                }
+            }
+        })
+        .await;
+        let qmp = match answer {
+            Ok(Ok(qmp)) => qmp,
+            Ok(Err(error)) => return Err(error),
+            Err(_) => {
+                if let Some(child) = &mut child {
+                    child.kill().await.map_err(HypervisorError::io("can't kill a process that doesn't answer"))?;
+                }
+                return Err(HypervisorError::DiedAtStart {
+                    hypervisor: "qemu",
+                    output: format!("it didn't answer within {} s and was killed", START_LIMIT.as_secs()),
+                });
+            }
+        };
+        Ok(Box::new(QemuProcess::new(spec, dir, qmp, child.take()).await?))
     }
 
-    async fn find(&self, _spec: &Spec, _dir: &MachineDir) -> Result<Option<Box<dyn Process>>, HypervisorError> {
-        later()
+    async fn find(&self, spec: &Spec, dir: &MachineDir) -> Result<Option<Box<dyn Process>>, HypervisorError> {
+        let deadline = tokio::time::Instant::now() + FIND_LIMIT;
+        loop {
+            match take_lock(dir)? {
+                Lock::Absent | Lock::Taken(_) => return Ok(None),
+                Lock::Held => {}
+            }
+            // It may be an instant old, and not listening yet.
+            let why = match tokio::time::timeout_at(deadline, Qmp::connect(dir, SOCKET)).await {
+                Ok(Ok(qmp)) => return Ok(Some(Box::new(QemuProcess::new(spec, dir, qmp, None).await?))),
+                Ok(Err(error)) => crate::machine::error_chain(&error),
+                Err(_) => "no answer on its control socket".to_owned(),
+            };
+            if tokio::time::Instant::now() >= deadline {
+                let holder = holder(dir).map_or_else(|| "unknown".to_owned(), |pid| pid.to_string());
+                return Err(HypervisorError::Unresponsive { why: format!("process {holder} holds it; {why}") });
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
     }
 
-    async fn autopsy(&self, _spec: &Spec, _dir: &MachineDir) -> Result<Option<Exit>, HypervisorError> {
-        later()
+    async fn autopsy(&self, _spec: &Spec, dir: &MachineDir) -> Result<Option<Exit>, HypervisorError> {
+        // QEMU makes the console's file before anything of the guest runs.
+        if !dir.console().exists() {
+            return Ok(None);
+        }
+        Ok(Some(process::exit_from_log(&dir.file(LOG), Timestamp::now())))
     }
 
-    async fn destroy(&self, _dir: &MachineDir) -> Result<(), HypervisorError> {
-        later()
+    async fn destroy(&self, dir: &MachineDir) -> Result<(), HypervisorError> {
+        let deadline = tokio::time::Instant::now() + FIND_LIMIT;
+        loop {
+            match take_lock(dir)? {
+                Lock::Absent | Lock::Taken(_) => return Ok(()),
+                Lock::Held => {}
+            }
+            match holder(dir) {
+                Some(pid) => process::kill_holder(pid, dir).await?,
+                // Between a fork and its exec the lock may show in no process's standard input.
+                None if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
+                None => {
+                    return Err(HypervisorError::Unresponsive {
+                        why: format!("some process holds {} and can't be found", dir.file(LOCK).display()),
+                    });
+                }
+            }
+        }
     }
 }
+
+/// What became of an attempt to take a machine's lock.
+enum Lock {
+    /// Nobody held it; we do now, until the file is closed.
+    Taken(File),
+    /// Somebody holds it.
+    Held,
+    /// There is no machine, and so no lock.
+    Absent,
+}
+
+fn take_lock(dir: &MachineDir) -> Result<Lock, HypervisorError> {
+    let path = dir.file(LOCK);
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+    let lock = match open {
+        Ok(lock) => lock,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Lock::Absent),
+        Err(source) => return Err(HypervisorError::Io { action: format!("can't open {}", path.display()), source }),
+    };
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Lock::Taken(lock)),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(Lock::Held),
+        Err(error) => Err(HypervisorError::Io {
+            action: format!("can't lock {}", path.display()),
+            source: error.into(),
+        }),
+    }
+}
+
+/// The process that has the machine's lock as its standard input.
+fn holder(dir: &MachineDir) -> Option<u32> {
+    let wanted = identity(&dir.file(LOCK))?;
+    std::fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
+        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+        (identity(&entry.path().join("fd/0"))? == wanted).then_some(pid)
+    })
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+fn remove(path: &Path) -> Result<(), HypervisorError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(HypervisorError::Io { action: format!("can't remove {}", path.display()), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The last lines of the process's own log.
+fn last_words(dir: &MachineDir) -> Option<String> {
+    let text = std::fs::read_to_string(dir.file(LOG)).ok()?;
+    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = lines.get(lines.len().saturating_sub(3)..)?.join("; ");
+    (!last.is_empty()).then_some(last)
+}
+
+/// The command line, for people: what `ps` would show.
+#[must_use]
+pub fn command_line(program: &Path, arguments: &[OsString]) -> String {
+    let quote = |text: &std::ffi::OsStr| crate::guest::shell::quote(&text.to_string_lossy());
+    std::iter::once(quote(program.as_os_str()))
+        .chain(arguments.iter().map(|argument| quote(argument)))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,17 +1,129 @@
-//! First-boot data in the `NoCloud` form.
+//! First-boot data in the `NoCloud` form: an ISO 9660 image labelled `cidata`.
+//!
+//! The files and their meaning are cloud-init's (<https://docs.cloudinit.io/en/latest/reference/datasources/nocloud.html>).
+//! Structured files are written as JSON, which is YAML, so that no value needs YAML's quoting rules.
 
-use crate::directory::MachineDir;
-use crate::spec::Seed;
+use std::collections::BTreeMap;
+use std::io::Cursor;
+use std::sync::Arc;
+
+use hadris_iso::joliet::JolietLevel;
+use hadris_iso::read::PathSeparator;
+use hadris_iso::rrip::RripOptions;
+use hadris_iso::write::options::{BaseIsoLevel, CreationFeatures, IsoFormatOptions};
+use hadris_iso::write::{File, InputFiles, IsoImageWriter};
+use serde_json::{Value, json};
+
+use crate::directory::{MachineDir, write_whole};
+use crate::spec::{Network, Seed, Spec};
+
+/// The seed's file in a machine's directory.
+pub(crate) const FILE: &str = "seed.iso";
 
 /// Why a seed couldn't be made.
 #[derive(Debug, thiserror::Error)]
 pub enum SeedError {
+    /// The image couldn't be laid out.
+    #[error("can't lay out the ISO image: {0}")]
+    Layout(String),
     /// The file couldn't be written.
-    #[error("can't write the seed")]
+    #[error("can't write the ISO image")]
     Io(#[from] std::io::Error),
 }
 
-/// Writes `seed.iso` into the machine's directory.
-pub(crate) fn write(_dir: &MachineDir, _seed: &Seed) -> Result<(), SeedError> {
-    Err(SeedError::Io(std::io::Error::other("not built yet")))
+/// Writes `seed.iso` into the machine's directory, for its owner only: user data may hold secrets.
+pub(crate) fn write(dir: &MachineDir, spec: &Spec, seed: &Seed) -> Result<(), SeedError> {
+    Ok(write_whole(&dir.file(FILE), &image(&files(spec, seed))?)?)
 }
+
+/// The files of a seed.
+fn files(spec: &Spec, seed: &Seed) -> BTreeMap<&'static str, String> {
+    let mut files = BTreeMap::from([
+        (
+            "meta-data",
+            lines(&json!({
+                "instance-id": seed.instance_id,
+                "local-hostname": seed.hostname,
+                "public-keys": seed.authorized_keys,
+            })),
+        ),
+        // cloud-init takes no seed without this file.
+        ("user-data", seed.user_data.clone().unwrap_or_else(|| "#cloud-config\n{}\n".to_owned())),
+    ]);
+    if let Some(vendor) = &seed.vendor_data {
+        files.insert("vendor-data", vendor.clone());
+    }
+    if let Some(network) = seed.network_config.clone().or_else(|| user_network(spec).as_ref().map(lines)) {
+        files.insert("network-config", network);
+    }
+    files
+}
+
+/// Network configuration for a guest on QEMU's own network, where every guest has the same fixed address: no guest
+/// need wait for DHCP. Version 2, see <https://docs.cloudinit.io/en/latest/reference/network-config-format-v2.html>.
+fn user_network(spec: &Spec) -> Option<Value> {
+    let [Network::User { mac, .. }] = spec.networks.as_slice() else { return None };
+    Some(json!({
+        "version": 2,
+        "ethernets": {
+            "nic0": {
+                "match": {"macaddress": mac.to_string()},
+                "addresses": ["10.0.2.15/24"],
+                "gateway4": "10.0.2.2",
+                "nameservers": {"addresses": ["10.0.2.3"]},
+            }
+        }
+    }))
+}
+
+fn lines(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+/// Lays files out as an ISO 9660 image with Rock Ridge and Joliet names.
+fn image(files: &BTreeMap<&'static str, String>) -> Result<Vec<u8>, SeedError> {
+    let input = InputFiles {
+        path_separator: PathSeparator::ForwardSlash,
+        files: files
+            .iter()
+            .map(|(name, text)| File::File {
+                name: Arc::new((*name).to_owned()),
+                contents: text.clone().into_bytes(),
+            })
+            .collect(),
+    };
+    let options = IsoFormatOptions {
+        volume_name: "cidata".to_owned(),
+        system_id: None,
+        volume_set_id: None,
+        publisher_id: None,
+        preparer_id: None,
+        application_id: None,
+        sector_size: 2048,
+        features: CreationFeatures {
+            filenames: BaseIsoLevel::Level1 { supports_lowercase: false, supports_rrip: true },
+            joliet: Some(JolietLevel::Level3),
+            rock_ridge: Some(RripOptions::default()),
+            ..CreationFeatures::default()
+        },
+        path_separator: PathSeparator::ForwardSlash,
+        // "cidata" in lower case is what every reader of seeds looks for, whatever ISO 9660 allows.
+        strict_charset: false,
+    };
+    let content: usize = files.values().map(|text| text.len().next_multiple_of(2048)).sum();
+    let mut buffer = Cursor::new(vec![0; content + (1 << 20)]);
+    IsoImageWriter::create(&mut buffer, input, options).map_err(|error| SeedError::Layout(format!("{error:?}")))?;
+    let mut bytes = buffer.into_inner();
+    // The layout's length stands in the primary volume descriptor: blocks, little-endian, at byte 80 of sector 16.
+    let blocks = bytes
+        .get(16 * 2048 + 80..16 * 2048 + 84)
+        .and_then(|field| <[u8; 4]>::try_from(field).ok())
+        .map(u32::from_le_bytes)
+        .and_then(|blocks| usize::try_from(blocks).ok())
+        .ok_or_else(|| SeedError::Layout("no volume descriptor".to_owned()))?;
+    bytes.truncate((blocks * 2048).max(64 << 10));
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests;

@@ -395,10 +395,31 @@ impl Spec {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// A machine that boots a kernel, for the tests of this crate.
+    pub(crate) fn spec(name: &str) -> Spec {
+        Spec {
+            id: MachineId::parse(name).unwrap(),
+            cpus: Cpus::ONE,
+            memory: Memory::from_mib(256),
+            arch: Arch::Amd64,
+            os: GuestOs::Linux,
+            boot: Boot::Kernel {
+                kernel: "/images/vmlinuz".into(),
+                initrd: Some("/images/initrd".into()),
+                cmdline: "console=ttyS0 quiet".to_owned(),
+            },
+            disks: Vec::new(),
+            seed: None,
+            networks: Vec::new(),
+            access: Access { user: "root".to_owned(), auth: Auth::Key("key".into()), ready_marker: None, port: 22 },
+            accel: Accel::Tcg,
+        }
+    }
 
     proptest! {
         #[test]

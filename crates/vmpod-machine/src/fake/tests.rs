@@ -1,26 +1,8 @@
 use futures::StreamExt;
 
 use super::*;
-use crate::{
-    Access, Accel, Adopted, Arch, Auth, Boot, Cpus, Firmware, GuestOs, MachineError, Machines, Memory, Offset, Signal,
-    Started, State,
-};
-
-fn spec(name: &str) -> Spec {
-    Spec {
-        id: MachineId::parse(name).unwrap(),
-        cpus: Cpus::ONE,
-        memory: Memory::from_mib(256),
-        arch: Arch::Amd64,
-        os: GuestOs::Linux,
-        boot: Boot::Firmware(Firmware::Bios),
-        disks: Vec::new(),
-        seed: None,
-        networks: Vec::new(),
-        access: Access { user: "root".to_owned(), auth: Auth::Key("key".into()), ready_marker: None, port: 22 },
-        accel: Accel::Tcg,
-    }
-}
+use crate::spec::tests::spec;
+use crate::{Adopted, MachineError, Machines, Offset, Signal, Started, State};
 
 #[tokio::test]
 async fn a_machine_lives_and_dies() {

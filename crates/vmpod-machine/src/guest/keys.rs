@@ -3,7 +3,10 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::directory::MachineDir;
+use russh::keys::ssh_key::LineEnding;
+use russh::keys::{Algorithm, PrivateKey};
+
+use crate::directory::{MachineDir, write_whole};
 
 /// The private key's file in a machine's directory.
 pub(crate) const FILE: &str = "id_ed25519";
@@ -17,6 +20,54 @@ pub struct SshKey {
     pub public: String,
 }
 
-pub(crate) fn ensure(_dir: &MachineDir) -> io::Result<SshKey> {
-    Err(io::Error::other("not built yet"))
+/// The machine's key pair; a new one when it has none yet.
+pub(crate) fn ensure(dir: &MachineDir) -> io::Result<SshKey> {
+    let path = dir.file(FILE);
+    let key = match std::fs::read(&path) {
+        Ok(pem) => PrivateKey::from_openssh(pem).map_err(io::Error::other)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let mut key = PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519).map_err(io::Error::other)?;
+            key.set_comment(format!("vmpod {}", dir.id()));
+            let pem = key.to_openssh(LineEnding::LF).map_err(io::Error::other)?;
+            write_whole(&path, pem.as_bytes())?;
+            key
+        }
+        Err(error) => return Err(error),
+    };
+    let public = key.public_key().to_openssh().map_err(io::Error::other)?;
+    Ok(SshKey { path, public })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::id::MachineId;
+
+    #[test]
+    fn a_key_is_made_once_and_private() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = MachineDir::new(root.path(), &MachineId::parse("a").unwrap());
+        dir.make().unwrap();
+        let first = ensure(&dir).unwrap();
+        assert_eq!(ensure(&dir).unwrap(), first);
+        assert!(first.public.starts_with("ssh-ed25519 ") && first.public.ends_with(" vmpod a"), "{}", first.public);
+        assert_eq!(std::fs::metadata(&first.path).unwrap().permissions().mode() & 0o777, 0o600);
+        let text = std::fs::read_to_string(&first.path).unwrap();
+        assert!(text.starts_with("-----BEGIN OPENSSH PRIVATE KEY-----\n"));
+        let other = MachineDir::new(root.path(), &MachineId::parse("b").unwrap());
+        other.make().unwrap();
+        assert_ne!(ensure(&other).unwrap().public, first.public);
+    }
+
+    #[test]
+    fn a_damaged_key_is_not_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = MachineDir::new(root.path(), &MachineId::parse("a").unwrap());
+        dir.make().unwrap();
+        std::fs::write(dir.file(FILE), "rubbish").unwrap();
+        assert!(ensure(&dir).is_err());
+        assert_eq!(std::fs::read_to_string(dir.file(FILE)).unwrap(), "rubbish");
+    }
 }

@@ -1,0 +1,225 @@
+//! From a [`Spec`] to QEMU's command line. Pure, so that every change of it shows in a snapshot.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use serde_json::json;
+
+use super::{SOCKET, VARIABLES};
+use crate::seed;
+use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Network, Protocol, Spec};
+
+/// The arguments of the QEMU process for `spec`.
+///
+/// The process's working directory is the machine's directory; sockets and our own files are named relative to it, which
+/// also keeps socket paths under the kernel's 108 bytes. `firmware` is the UEFI code, when the machine boots by UEFI.
+#[must_use]
+pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
+    let mut line = Line(Vec::new());
+    line.add("-name", spec.id.as_str());
+    line.add("-uuid", spec.id.uuid().to_string());
+    // Only what is named here: no default devices, nobody's configuration files.
+    line.flag("-nodefaults");
+    line.flag("-no-user-config");
+    line.add("-display", "none");
+    line.add("-machine", machine(spec));
+    match spec.accel {
+        // One host thread per virtual processor.
+        Accel::Tcg => line.add("-accel", "tcg,thread=multi"),
+        accel => line.add("-accel", accel.to_string()),
+    }
+    line.add("-cpu", if spec.accel == Accel::Tcg { "max" } else { "host" });
+    let cpus = spec.cpus.get();
+    line.add("-smp", format!("{cpus},sockets=1,cores={cpus},threads=1"));
+    line.add("-m", format!("{}M", spec.memory.mib_up()));
+
+    line.add("-chardev", format!("socket,id=control,path={SOCKET},server=on,wait=off"));
+    line.add("-mon", "chardev=control,mode=control");
+    // Logged by QEMU itself, whether an agent looks or not; the socket is for whoever wants to type.
+    line.add("-chardev", "socket,id=console,path=console.sock,server=on,wait=off,logfile=console.log,logappend=on");
+    line.add("-serial", "chardev:console");
+    // Leaves the cause of the end in the process's log, for an agent that comes later.
+    line.add("-trace", "qemu_system_shutdown_request");
+
+    boot(&mut line, spec, firmware);
+    line.add("-device", "virtio-rng-pci");
+    disks(&mut line, spec);
+    for (index, network) in spec.networks.iter().enumerate() {
+        match network {
+            Network::User { address, ssh_port, forwards, mac } => {
+                let mut user = format!("user,id=net{index},hostfwd=tcp:{address}:{ssh_port}-:{}", spec.access.port);
+                for forward in forwards {
+                    let protocol = match forward.protocol {
+                        Protocol::Tcp => "tcp",
+                        Protocol::Udp => "udp",
+                    };
+                    user.push_str(&format!(
+                        ",hostfwd={protocol}:{address}:{}-:{}",
+                        forward.host_port, forward.guest_port
+                    ));
+                }
+                line.add("-netdev", user);
+                // Without its ROM: nobody boots from this network, and loading it takes time.
+                line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={mac},romfile="));
+            }
+        }
+    }
+    line.0
+}
+
+struct Line(Vec<OsString>);
+
+impl Line {
+    fn flag(&mut self, flag: &str) {
+        self.0.push(flag.into());
+    }
+
+    fn add(&mut self, flag: &str, value: impl Into<OsString>) {
+        self.0.push(flag.into());
+        self.0.push(value.into());
+    }
+}
+
+fn machine(spec: &Spec) -> &'static str {
+    match (spec.arch, &spec.boot) {
+        (Arch::Arm64, _) => "virt,gic-version=max",
+        (Arch::Amd64, Boot::Firmware(Firmware::Secure)) => "q35,smm=on",
+        (Arch::Amd64, Boot::Firmware(Firmware::Uefi)) => "q35",
+        // The older machine has fewer devices to look for, and boots a kernel sooner.
+        (Arch::Amd64, _) => "pc",
+    }
+}
+
+fn boot(line: &mut Line, spec: &Spec, firmware: Option<&Path>) {
+    match &spec.boot {
+        Boot::Kernel { kernel, initrd, cmdline } => {
+            line.add("-kernel", kernel);
+            if let Some(initrd) = initrd {
+                line.add("-initrd", initrd);
+            }
+            line.add("-append", cmdline);
+        }
+        Boot::Firmware(kind) => {
+            line.add("-boot", "strict=on");
+            if let Some(code) = firmware {
+                for (node, file, read_only) in [("code", code, true), ("variables", Path::new(VARIABLES), false)] {
+                    let drive = json!({
+                        "driver": "raw", "node-name": node, "read-only": read_only,
+                        "file": {"driver": "file", "filename": file},
+                    });
+                    line.add("-blockdev", drive.to_string());
+                }
+                line.add("-machine", "pflash0=code,pflash1=variables");
+                if *kind == Firmware::Secure && spec.arch == Arch::Amd64 {
+                    line.add("-global", "driver=cfi.pflash01,property=secure,value=on");
+                }
+            }
+        }
+    }
+}
+
+/// The name of a disk's node, in the order of [`Spec::disks`].
+pub(super) fn disk_node(index: usize) -> String {
+    format!("disk{index}")
+}
+
+/// Disks are virtio-blk. Guest flushes are not passed on (`no-flush`): a machine's disk is a throwaway overlay that dies
+/// with its machine, and a machine doesn't survive its host. What the guest wrote stays in the host's page cache when
+/// QEMU is killed, so it can still be read and captured afterwards; only a crash of the host loses it, and fsync in the
+/// guest, which dominates package installs and database tests, costs nothing. Discards shrink the file again.
+fn disks(line: &mut Line, spec: &Spec) {
+    for (index, disk) in spec.disks.iter().enumerate() {
+        let node = disk_node(index);
+        let format = match disk.format {
+            DiskFormat::Raw => "raw",
+            DiskFormat::Qcow2 => "qcow2",
+        };
+        // As JSON, so that a comma in a path is only a comma.
+        let drive = json!({
+            "driver": format, "node-name": node, "discard": "unmap",
+            "cache": {"direct": false, "no-flush": true},
+            "file": {
+                "driver": "file", "filename": disk.path, "discard": "unmap", "aio": "threads",
+                "cache": {"direct": false, "no-flush": true},
+            },
+        });
+        line.add("-blockdev", drive.to_string());
+        let bootindex = if index == 0 { ",bootindex=0" } else { "" };
+        line.add("-device", format!("virtio-blk-pci,id=blk{index},drive={node}{bootindex}"));
+    }
+    if spec.seed.is_some() {
+        let drive = json!({
+            "driver": "raw", "node-name": "seed", "read-only": true,
+            "file": {"driver": "file", "filename": seed::FILE, "read-only": true},
+        });
+        line.add("-blockdev", drive.to_string());
+        line.add("-device", "virtio-blk-pci,id=seed,drive=seed");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::tests::spec;
+    use crate::{Cpus, Disk, Forward, MacAddr, Memory, Seed};
+
+    fn show(spec: &Spec, firmware: Option<&Path>) -> String {
+        let mut text = String::new();
+        for argument in args(spec, firmware) {
+            let argument = argument.into_string().unwrap();
+            text.push_str(if argument.starts_with('-') { "\n" } else { " " });
+            text.push_str(&argument);
+        }
+        text
+    }
+
+    fn seed() -> Seed {
+        Seed {
+            instance_id: "a".to_owned(),
+            hostname: "a".to_owned(),
+            authorized_keys: vec!["a secret place".to_owned()],
+            user_data: Some("password: hunter2".to_owned()),
+            vendor_data: None,
+            network_config: None,
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_disks() {
+        let mut spec = spec("tiny-0");
+        spec.seed = Some(seed());
+        spec.networks = vec![Network::User {
+            address: [127, 64, 0, 9].into(),
+            ssh_port: 2222,
+            forwards: vec![
+                Forward { protocol: Protocol::Tcp, host_port: 8080, guest_port: 80 },
+                Forward { protocol: Protocol::Udp, host_port: 53, guest_port: 53 },
+            ],
+            mac: MacAddr::derive("tiny-0"),
+        }];
+        let text = show(&spec, None);
+        assert!(!text.contains("hunter2") && !text.contains("secret place"));
+        insta::assert_snapshot!(text);
+    }
+
+    #[test]
+    fn firmware_with_disks() {
+        let mut spec = spec("debian-0");
+        spec.cpus = Cpus::new(4).unwrap();
+        spec.memory = Memory::from_bytes((1 << 30) + 1);
+        spec.accel = Accel::Kvm;
+        spec.boot = Boot::Firmware(Firmware::Secure);
+        spec.disks = vec![
+            Disk { path: "/a,b/\"root\".qcow2".into(), format: DiskFormat::Qcow2 },
+            Disk { path: "data.raw".into(), format: DiskFormat::Raw },
+        ];
+        insta::assert_snapshot!(show(&spec, Some(Path::new("/usr/share/OVMF/OVMF_CODE_4M.ms.fd"))));
+    }
+
+    #[test]
+    fn another_architecture() {
+        let mut spec = spec("arm");
+        spec.arch = Arch::Arm64;
+        assert!(show(&spec, None).contains("-machine virt,gic-version=max"));
+    }
+}

@@ -1,0 +1,66 @@
+use std::process::Command;
+
+use super::*;
+use crate::spec::tests::spec;
+use crate::{MacAddr, MachineId};
+
+fn seed() -> Seed {
+    Seed {
+        instance_id: "a: \"b\"".to_owned(),
+        hostname: "node-1".to_owned(),
+        authorized_keys: vec!["ssh-ed25519 AAAA # not: a comment".to_owned()],
+        user_data: Some("#cloud-config\nruncmd: [echo hi]\n".to_owned()),
+        vendor_data: None,
+        network_config: None,
+    }
+}
+
+#[test]
+fn values_with_quotes_stay_one_value() {
+    let files = files(&spec("a"), &seed());
+    let meta: Value = serde_json::from_str(&files["meta-data"]).unwrap();
+    assert_eq!(meta["instance-id"], "a: \"b\"");
+    assert_eq!(meta["public-keys"], json!(["ssh-ed25519 AAAA # not: a comment"]));
+    assert_eq!(files["user-data"], "#cloud-config\nruncmd: [echo hi]\n");
+    assert!(!files.contains_key("vendor-data") && !files.contains_key("network-config"));
+}
+
+#[test]
+fn a_guest_on_the_user_network_is_told_its_address() {
+    let mut spec = spec("a");
+    spec.networks = vec![Network::User {
+        address: [127, 64, 0, 1].into(),
+        ssh_port: 22,
+        forwards: vec![],
+        mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
+    }];
+    insta::assert_snapshot!(files(&spec, &seed())["network-config"]);
+    let own = Seed { network_config: Some("version: 1\n".to_owned()), ..seed() };
+    assert_eq!(files(&spec, &own)["network-config"], "version: 1\n");
+}
+
+/// Read back by a program that knows nothing of ours.
+#[test]
+fn another_program_reads_the_image() {
+    let root = tempfile::tempdir().unwrap();
+    let dir = MachineDir::new(root.path(), &MachineId::parse("a").unwrap());
+    dir.make().unwrap();
+    let big = Seed { user_data: Some("x".repeat(300_000)), ..seed() };
+    write(&dir, &spec("a"), &big).unwrap();
+    let iso = dir.file(FILE);
+    let image = std::fs::read(&iso).unwrap();
+    assert_eq!(&image[16 * 2048 + 1..16 * 2048 + 6], b"CD001");
+    assert_eq!(&image[16 * 2048 + 40..16 * 2048 + 46], b"cidata");
+    let out = root.path().join("out");
+    let status = Command::new("xorriso")
+        .args(["-osirrox", "on", "-indev"])
+        .arg(&iso)
+        .args(["-extract", "/"])
+        .arg(&out)
+        .output()
+        .expect("this test needs xorriso: install the package xorriso");
+    assert!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
+    assert_eq!(std::fs::read_to_string(out.join("user-data")).unwrap(), "x".repeat(300_000));
+    let meta: Value = serde_json::from_slice(&std::fs::read(out.join("meta-data")).unwrap()).unwrap();
+    assert_eq!(meta["local-hostname"], "node-1");
+}
