@@ -6,6 +6,8 @@
 
 set -euo pipefail
 export LC_ALL=C
+# mke2fs and its like live there, and an ordinary user's PATH may leave it out.
+PATH=$PATH:/usr/sbin:/sbin
 umask 022
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
