@@ -249,7 +249,7 @@ mod tests {
             guest: GuestConfig { ready_marker: Some("ready".to_owned()), ..GuestConfig::default() },
             labels: BTreeMap::from([("team".to_owned(), "ci".to_owned())]),
         };
-        insta::assert_json_snapshot!(config, @r#""#);
+        insta::assert_json_snapshot!(config);
         let firmware = Config { boot: Boot::Firmware(Firmware::Uefi), guest: GuestConfig::default(), ..config };
         let text = serde_json::to_string(&firmware).unwrap();
         assert!(text.contains(r#""boot":{"firmware":"uefi"}"#), "{text}");

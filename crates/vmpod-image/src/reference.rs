@@ -323,8 +323,7 @@ mod tests {
                 "a/../b", "-a", "a:", "a:.x", "a@sha256:12", "a@md5:12", "a b", ":x",
             ]
             .map(|name| format!("{name:?} → {}", shown(name)))
-            .join("\n"),
-            @r"");
+            .join("\n"));
     }
 
     proptest! {

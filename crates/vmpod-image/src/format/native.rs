@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn the_manifest_is_stable_and_reads_back() {
         let layers = vec![kernel(), chunk_at(0, 4 << 20).descriptor(0)];
-        insta::assert_json_snapshot!(manifest(CONFIG.as_bytes(), layers.clone(), BTreeMap::new()), @"");
+        insta::assert_json_snapshot!(manifest(CONFIG.as_bytes(), layers.clone(), BTreeMap::new()));
         let plan = planned(layers).unwrap();
         assert_eq!(plan.files, [(Part::Disk(0), 8 << 20), (Part::Kernel, 6)]);
         assert_eq!(plan.layers[1].target, Target::File { part: Part::Disk(0), offset: 0 });
@@ -199,7 +199,7 @@ mod tests {
             vec![kernel(), no_size],
             vec![kernel(), Descriptor::new("application/x", Digest::of(b""), 0)],
         ];
-        insta::assert_snapshot!(cases.map(|layers| planned(layers).unwrap_err()).join("\n"), @"");
+        insta::assert_snapshot!(cases.map(|layers| planned(layers).unwrap_err()).join("\n"));
     }
 
     #[test]
@@ -220,8 +220,6 @@ mod tests {
                 media::ARTIFACT, media::CONFIG, media::DISK_CHUNK_ZSTD, media::KERNEL, media::INITRD, media::NVRAM,
                 media::CHUNK_DISK, media::CHUNK_OFFSET, media::CHUNK_RAW_SIZE, media::CHUNK_RAW_DIGEST,
             ]
-            .join("\n"),
-            @""
-        );
+            .join("\n"));
     }
 }

@@ -82,7 +82,6 @@ impl Record {
         Self { version: VERSION, digest, format: format.to_owned(), created, config, transfer_bytes, files: Vec::new() }
     }
 
-
     pub(crate) fn path(dir: &Path) -> PathBuf {
         dir.join("image.json")
     }
