@@ -51,7 +51,11 @@ impl BlobError {
         Self { kind, message, source: None }
     }
 
-    pub(crate) fn caused(kind: BlobErrorKind, message: String, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+    pub(crate) fn caused(
+        kind: BlobErrorKind,
+        message: String,
+        source: impl Into<Box<dyn Error + Send + Sync>>,
+    ) -> Self {
         Self { kind, message, source: Some(source.into()) }
     }
 

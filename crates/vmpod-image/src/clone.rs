@@ -18,7 +18,12 @@ use crate::store::{Store, StoreError};
 const SECTOR: u64 = 512;
 
 /// Makes the clone's files in `into`. The caller has pinned the image.
-pub(crate) fn make(store: &Store, image: &Image, into: &Path, disk_size: Option<u64>) -> Result<ClonedImage, StoreError> {
+pub(crate) fn make(
+    store: &Store,
+    image: &Image,
+    into: &Path,
+    disk_size: Option<u64>,
+) -> Result<ClonedImage, StoreError> {
     files::make_dir(into)?;
     let from = store.image_dir(image.digest);
     let mut disks = Vec::new();
@@ -56,20 +61,16 @@ fn clone_disk(base: &Path, into: &Path, index: usize, size: u64) -> Result<Clone
     let overlay = into.join(format!("disk-{index}.qcow2"));
     files::remove_file(&raw)?;
     files::remove_file(&overlay)?;
-    match reflink_copy::reflink(base, &raw) {
-        Ok(()) => {
-            own(&raw)?;
-            let file = OpenOptions::new().write(true).open(&raw).map_err(io("open", &raw))?;
-            file.set_len(size).map_err(io("grow", &raw))?;
-            Ok(ClonedDisk { path: raw, format: DiskFormat::Raw, size })
-        }
-        // Each file system refuses in its own words; whatever it was, an overlay will do, or tell better.
-        Err(_) => {
-            files::remove_file(&raw)?;
-            write_overlay(base, &overlay, size)?;
-            Ok(ClonedDisk { path: overlay, format: DiskFormat::Qcow2, size })
-        }
+    if reflink_copy::reflink(base, &raw).is_ok() {
+        own(&raw)?;
+        let file = OpenOptions::new().write(true).open(&raw).map_err(io("open", &raw))?;
+        file.set_len(size).map_err(io("grow", &raw))?;
+        return Ok(ClonedDisk { path: raw, format: DiskFormat::Raw, size });
     }
+    // Each file system refuses in its own words; whatever it was, an overlay will do, or tell better.
+    files::remove_file(&raw)?;
+    write_overlay(base, &overlay, size)?;
+    Ok(ClonedDisk { path: overlay, format: DiskFormat::Qcow2, size })
 }
 
 /// The image's files are read-only; a machine's own copies aren't.

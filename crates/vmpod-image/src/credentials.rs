@@ -55,7 +55,7 @@ pub enum Credential {
         /// The password.
         password: Secret,
     },
-    /// An OAuth2 refresh token (`identitytoken`).
+    /// An `OAuth2` refresh token (`identitytoken`).
     IdentityToken(Secret),
 }
 
@@ -146,7 +146,10 @@ impl Credentials {
             return Self::default().with_file(file);
         }
         let docker = path("DOCKER_CONFIG").or_else(|| Some(path("HOME")?.join(".docker")));
-        let files = [docker.map(|dir| dir.join("config.json")), path("XDG_RUNTIME_DIR").map(|dir| dir.join("containers/auth.json"))];
+        let files = [
+            docker.map(|dir| dir.join("config.json")),
+            path("XDG_RUNTIME_DIR").map(|dir| dir.join("containers/auth.json")),
+        ];
         Self { texts: Vec::new(), files: files.into_iter().flatten().collect() }
     }
 
@@ -191,7 +194,9 @@ impl Credentials {
 fn parse(text: &[u8], place: &str) -> Result<DockerConfig, CredentialsError> {
     let failed = |error: &serde_json::Error| CredentialsError::Parse { place: place.to_owned(), line: error.line() };
     let value: serde_json::Value = serde_json::from_slice(text).map_err(|error| failed(&error))?;
-    let whole = value.as_object().is_some_and(|object| ["auths", "credHelpers", "credsStore"].iter().any(|key| object.contains_key(*key)));
+    let whole = value
+        .as_object()
+        .is_some_and(|object| ["auths", "credHelpers", "credsStore"].iter().any(|key| object.contains_key(*key)));
     if whole {
         return serde_json::from_value(value).map_err(|error| failed(&error));
     }
@@ -200,7 +205,12 @@ fn parse(text: &[u8], place: &str) -> Result<DockerConfig, CredentialsError> {
     Ok(DockerConfig { auths, ..DockerConfig::default() })
 }
 
-async fn from_file(text: &[u8], path: &Path, host: &str, repository: &str) -> Result<Option<Credential>, CredentialsError> {
+async fn from_file(
+    text: &[u8],
+    path: &Path,
+    host: &str,
+    repository: &str,
+) -> Result<Option<Credential>, CredentialsError> {
     let place = path.display().to_string();
     let config = parse(text, &place)?;
     if let Some((key, helper)) = config.cred_helpers.iter().find(|(key, _)| matches(key, host, repository).is_some())
@@ -230,15 +240,26 @@ fn matches(key: &str, host: &str, repository: &str) -> Option<usize> {
     let host = if matches!(host, "index.docker.io" | "registry-1.docker.io") { "docker.io" } else { host };
     let label = |(pattern, label): (&str, &str)| match pattern.split_once('*') {
         None => pattern.eq_ignore_ascii_case(label),
-        Some((before, after)) => label.len() >= before.len() + after.len() && label.starts_with(before) && label.ends_with(after),
+        Some((before, after)) => {
+            label.len() >= before.len() + after.len() && label.starts_with(before) && label.ends_with(after)
+        }
     };
-    let same_host = pattern.split('.').count() == host.split('.').count() && pattern.split('.').zip(host.split('.')).all(label);
-    let same_path = path.is_empty() || repository == path || repository.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
+    let same_host =
+        pattern.split('.').count() == host.split('.').count() && pattern.split('.').zip(host.split('.')).all(label);
+    let same_path = path.is_empty()
+        || repository == path
+        || repository.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
     (same_host && same_path).then_some(path.len())
 }
 
-fn from_auths(config: &DockerConfig, host: &str, repository: &str, place: &str) -> Result<Option<Credential>, CredentialsError> {
-    let mut fitting: Vec<_> = config.auths.iter().filter_map(|(key, entry)| Some((matches(key, host, repository)?, key, entry))).collect();
+fn from_auths(
+    config: &DockerConfig,
+    host: &str,
+    repository: &str,
+    place: &str,
+) -> Result<Option<Credential>, CredentialsError> {
+    let mut fitting: Vec<_> =
+        config.auths.iter().filter_map(|(key, entry)| Some((matches(key, host, repository)?, key, entry))).collect();
     fitting.sort_by_key(|(length, ..)| std::cmp::Reverse(*length));
     for (_, key, entry) in fitting {
         if let Some(token) = entry.identitytoken.as_deref().filter(|token| !token.is_empty()) {
@@ -273,7 +294,8 @@ async fn ask_helper(helper: &str, registry: &str, place: &str) -> Result<Option<
         return Err(CredentialsError::HelperName { place: place.to_owned(), helper: helper.to_owned() });
     }
     let program = format!("docker-credential-{helper}");
-    let failed = |why: String| CredentialsError::Helper { program: program.clone(), registry: registry.to_owned(), why };
+    let failed =
+        |why: String| CredentialsError::Helper { program: program.clone(), registry: registry.to_owned(), why };
     let run = async {
         let mut child = tokio::process::Command::new(&program)
             .arg("get")
@@ -298,7 +320,8 @@ async fn ask_helper(helper: &str, registry: &str, place: &str) -> Result<Option<
         let text = String::from_utf8_lossy(&output.stdout).to_lowercase();
         return if text.contains("credentials not found") { Ok(None) } else { Err(failed(output.status.to_string())) };
     }
-    let answer: Answer = serde_json::from_slice(&output.stdout).map_err(|_| failed("its answer can't be read".to_owned()))?;
+    let answer: Answer =
+        serde_json::from_slice(&output.stdout).map_err(|_| failed("its answer can't be read".to_owned()))?;
     Ok(Some(if answer.username == TOKEN_USER {
         Credential::IdentityToken(Secret(answer.secret))
     } else {
@@ -324,7 +347,10 @@ mod tests {
         let text = format!(
             r#"{{"auths":{{"h.example":{{"auth":"{}"}},"https://h.example/v1/":{{"auth":"{}"}},"h.example/ci":{{"auth":"{}"}},
                "*.wild.example":{{"auth":"{}"}},"h.example:5000":{{"identitytoken":"t"}},"https://index.docker.io/v1/":{{"username":"u","password":"p"}}}}}}"#,
-            auth("host"), auth("v1"), auth("ci"), auth("wild")
+            auth("host"),
+            auth("v1"),
+            auth("ci"),
+            auth("wild")
         );
         assert_eq!(found(&text, "h.example", "ci/a").await, Some(basic("ci", "pass:word")));
         assert_eq!(found(&text, "h.example", "cix/a").await, Some(basic("host", "pass:word")));
@@ -345,9 +371,13 @@ mod tests {
     async fn a_secret_never_runs_a_helper_and_no_error_shows_one() {
         let text = r#"{"credHelpers":{"h.example":"../../evil"},"credsStore":"evil","auths":{}}"#;
         assert_eq!(found(text, "h.example", "x").await, None);
-        let broken = Credentials::default().with_docker_config(r#"{"auths":{"h.example":{"auth":"aHVudGVyMg=="}}}"#.to_owned());
+        let broken =
+            Credentials::default().with_docker_config(r#"{"auths":{"h.example":{"auth":"aHVudGVyMg=="}}}"#.to_owned());
         let error = broken.resolve("h.example", "x").await.unwrap_err();
-        assert_eq!(error.to_string(), "an image pull secret has an `auth` for h.example that is not base64 of USER:PASSWORD");
+        assert_eq!(
+            error.to_string(),
+            "an image pull secret has an `auth` for h.example that is not base64 of USER:PASSWORD"
+        );
         assert!(!format!("{broken:?} {error:?}").contains("aHVudGVyMg"));
     }
 

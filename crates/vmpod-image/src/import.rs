@@ -184,7 +184,7 @@ pub enum ImportError {
         /// The layout.
         path: PathBuf,
         /// What happened.
-        source: TransferError,
+        source: Box<TransferError>,
     },
     /// The native form couldn't be made.
     #[error("couldn't export {image}")]
@@ -192,7 +192,7 @@ pub enum ImportError {
         /// The image.
         image: Digest,
         /// What happened.
-        source: NativeError,
+        source: Box<NativeError>,
     },
     /// A configuration that can't be written.
     #[error("couldn't write the configuration")]
@@ -248,7 +248,15 @@ fn import_files(
         Source::Kernel | Source::OciLayout(_) => None,
     };
     let work = Work::scratch(store)?;
-    let result = import_into(store, &work, disk.as_ref().map(|(path, disk)| (path.as_path(), disk)), reference, options, report, cancelled);
+    let result = import_into(
+        store,
+        &work,
+        disk.as_ref().map(|(path, disk)| (path.as_path(), disk)),
+        reference,
+        options,
+        report,
+        cancelled,
+    );
     if result.is_err() {
         // The next opening of the store would remove it, too.
         work.discard()?;
@@ -299,7 +307,8 @@ fn import_into(
         let size = disk.size().next_multiple_of(512);
         let chunks = ingest(path, disk, size, &work.dir().join(Part::Disk(0).file_name()), report, cancelled)?;
         layers.extend(chunks.iter().map(|chunk| chunk.descriptor(0)));
-        let window = |chunk: &native::Chunk| Window { offset: chunk.offset, size: chunk.raw_size, digest: chunk.raw_digest };
+        let window =
+            |chunk: &native::Chunk| Window { offset: chunk.offset, size: chunk.raw_size, digest: chunk.raw_digest };
         windows.disks.push(chunks.iter().map(window).collect());
         disks.push(DiskConfig { size });
     }
@@ -325,7 +334,8 @@ fn import_into(
     let mut record =
         Record::new(Digest::of(&bytes), native::NAME, jiff::Timestamp::now(), config, manifest.transfer_bytes());
     record.files = records;
-    let image = work.publish(store, &Finished { record, windows, manifest: &bytes, config: &config_bytes }, reference)?;
+    let image =
+        work.publish(store, &Finished { record, windows, manifest: &bytes, config: &config_bytes }, reference)?;
     report.phase(Phase::Done);
     Ok(image)
 }
@@ -388,8 +398,10 @@ async fn import_layout(
     let tag = reference.tag().unwrap_or_default();
     let tagged = |entry: &&Descriptor| entry.annotations.get(media::OCI_REF_NAME).is_some_and(|name| name == tag);
     let platform = (Os::Linux, Architecture::host());
-    let by_platform = || choose(&index, platform).and_then(|digest| index.manifests.iter().find(|entry| entry.digest == digest));
-    let ambiguous = || ImportError::Ambiguous { path: path.to_owned(), count: index.manifests.len(), tag: tag.to_owned() };
+    let by_platform =
+        || choose(&index, platform).and_then(|digest| index.manifests.iter().find(|entry| entry.digest == digest));
+    let ambiguous =
+        || ImportError::Ambiguous { path: path.to_owned(), count: index.manifests.len(), tag: tag.to_owned() };
     let mut descriptor = index.manifests.iter().find(tagged).or_else(by_platform).cloned().ok_or_else(ambiguous)?;
     let damaged = |source| ImportError::Layout { path: path.to_owned(), source };
     let unreadable = |source| ImportError::Manifest { path: path.to_owned(), source };
@@ -406,7 +418,8 @@ async fn import_layout(
         }
     };
     let config = layout.read(&manifest.config).map_err(damaged)?;
-    let plan = format::plan(&manifest, &config).map_err(|source| ImportError::Format { path: path.to_owned(), source })?;
+    let plan =
+        format::plan(&manifest, &config).map_err(|source| ImportError::Format { path: path.to_owned(), source })?;
     let digest = Digest::of(&bytes);
     if store.record(digest)?.is_some() {
         store.tag(digest, reference)?;
@@ -415,7 +428,7 @@ async fn import_layout(
     let incoming = Incoming { digest, manifest: &manifest, manifest_bytes: &bytes, config: &config, plan: &plan };
     bring(store, reference, incoming, Arc::new(layout), Retry::default(), report).await.map_err(|source| match source {
         TransferError::Store(source) => ImportError::Store(source),
-        source => ImportError::Transfer { path: path.to_owned(), source },
+        source => ImportError::Transfer { path: path.to_owned(), source: Box::new(source) },
     })
 }
 
@@ -424,11 +437,13 @@ async fn import_layout(
 pub async fn export_oci_layout(store: &Store, image: &Image, path: &Path, name: &Reference) -> Result<(), ImportError> {
     let (store, image, path) = (store.clone(), image.clone(), path.to_owned());
     let tag = name.tag().unwrap_or("latest").to_owned();
-    tokio::task::spawn_blocking(move || export_blocking(&store, &image, &path, &tag)).await.map_err(|_| ImportError::Stopped)?
+    tokio::task::spawn_blocking(move || export_blocking(&store, &image, &path, &tag))
+        .await
+        .map_err(|_| ImportError::Stopped)?
 }
 
 fn export_blocking(store: &Store, image: &Image, path: &Path, tag: &str) -> Result<(), ImportError> {
-    let failed = |source| ImportError::Native { image: image.digest, source };
+    let failed = |source| ImportError::Native { image: image.digest, source: Box::new(source) };
     let native = NativeImage::of(store, image).map_err(failed)?;
     let layout = Layout::make(path)?;
     let layers = native.distinct_layers();

@@ -104,7 +104,7 @@ impl Ingest<'_> {
 
     fn work(&self, next: &Mutex<u64>, chunks: &Mutex<Vec<Chunk>>) -> io::Result<()> {
         let mut buffer = Vec::new();
-        let mut packer = Packer::new()?;
+        let mut compress = Packer::new()?;
         while let Some((offset, size)) = self.take(next)? {
             if self.cancelled.load(Ordering::Relaxed) {
                 return Err(io::Error::new(io::ErrorKind::Interrupted, "cancelled"));
@@ -115,13 +115,13 @@ impl Ingest<'_> {
                 if let Some(file) = self.copy_to {
                     files::write_sparse(file, offset, &buffer)?;
                 }
-                let (digest, packed) = if self.pack {
-                    let packed = packer.pack(&buffer)?;
-                    (Digest::of(packed), packed.len())
+                let (digest, stored) = if self.pack {
+                    let bytes = compress.pack(&buffer)?;
+                    (Digest::of(bytes), bytes.len())
                 } else {
                     (raw_digest, size)
                 };
-                lock(chunks).push(Chunk { offset, raw_size: size as u64, raw_digest, digest, size: packed as u64 });
+                lock(chunks).push(Chunk { offset, raw_size: size as u64, raw_digest, digest, size: stored as u64 });
             }
             (self.done)(size as u64);
         }
@@ -204,7 +204,10 @@ mod tests {
         let copy = tempfile::NamedTempFile::new().unwrap();
         copy.as_file().set_len(disk.size()).unwrap();
         let (chunks, done) = run(&disk, Some(copy.as_file()));
-        assert_eq!(chunks.iter().map(|chunk| (chunk.offset, chunk.raw_size)).collect::<Vec<_>>(), [(0, 1 << 20), (9 << 20, 100)]);
+        assert_eq!(
+            chunks.iter().map(|chunk| (chunk.offset, chunk.raw_size)).collect::<Vec<_>>(),
+            [(0, 1 << 20), (9 << 20, 100)]
+        );
         assert_eq!(done, disk.size());
         assert!(files::allocated(copy.path()) <= 16 << 10);
         let again = Disk::raw(copy.reopen().unwrap()).unwrap();
@@ -213,9 +216,9 @@ mod tests {
         window[10..15].copy_from_slice(b"first");
         assert_eq!(chunks[0].raw_digest, Digest::of(&window));
         let mut packer = Packer::new().unwrap();
-        let packed = packer.pack(&window).unwrap();
-        assert_eq!((Digest::of(packed), packed.len() as u64), (chunks[0].digest, chunks[0].size));
-        assert_eq!(zstd::decode_all(packed).unwrap(), window);
+        let bytes = packer.pack(&window).unwrap();
+        assert_eq!((Digest::of(bytes), bytes.len() as u64), (chunks[0].digest, chunks[0].size));
+        assert_eq!(zstd::decode_all(bytes).unwrap(), window);
     }
 
     #[test]

@@ -49,7 +49,11 @@ impl Layout {
 
     /// Adds a manifest under a tag, which another one may have had.
     pub(crate) fn add(&self, mut manifest: Descriptor, tag: &str) -> Result<(), StoreError> {
-        let mut index = self.index()?.unwrap_or(Index { schema_version: 2, media_type: media::OCI_INDEX.to_owned(), manifests: vec![] });
+        let mut index = self.index()?.unwrap_or(Index {
+            schema_version: 2,
+            media_type: media::OCI_INDEX.to_owned(),
+            manifests: vec![],
+        });
         index.manifests.retain(|other| other.annotations.get(media::OCI_REF_NAME).is_none_or(|name| name != tag));
         manifest.annotations.insert(media::OCI_REF_NAME.to_owned(), tag.to_owned());
         index.manifests.push(manifest);
@@ -71,11 +75,17 @@ impl Layout {
         };
         let size = std::fs::metadata(&path).map_err(failed)?.len();
         if size > LARGEST {
-            return Err(BlobError::new(BlobErrorKind::Fatal, format!("{} is too large for what it should be", path.display())));
+            return Err(BlobError::new(
+                BlobErrorKind::Fatal,
+                format!("{} is too large for what it should be", path.display()),
+            ));
         }
         let bytes = std::fs::read(&path).map_err(failed)?;
         if Digest::of(&bytes) != descriptor.digest {
-            return Err(BlobError::new(BlobErrorKind::Fatal, format!("{} doesn't hold what its name says", path.display())));
+            return Err(BlobError::new(
+                BlobErrorKind::Fatal,
+                format!("{} doesn't hold what its name says", path.display()),
+            ));
         }
         Ok(bytes)
     }

@@ -67,7 +67,10 @@ impl Manifest {
     /// The bytes a registry holds for the layers; equal layers count once.
     pub(crate) fn transfer_bytes(&self) -> u64 {
         let mut seen = std::collections::HashSet::new();
-        self.layers.iter().filter(|layer| seen.insert(layer.digest)).fold(0, |sum, layer| sum.saturating_add(layer.size))
+        self.layers
+            .iter()
+            .filter(|layer| seen.insert(layer.digest))
+            .fold(0, |sum, layer| sum.saturating_add(layer.size))
     }
 }
 

@@ -82,8 +82,11 @@ impl NativeImage {
     /// Cuts the disks of an image of another format into windows.
     fn cut(store: &Store, image: &Image, dir: PathBuf) -> Result<Self, NativeError> {
         let record = store.record(image.digest)?.ok_or(StoreError::NoImage(image.digest))?;
-        let mut layers: Vec<_> =
-            record.files.iter().map(|file| Descriptor::new(native::media_type(file.part), file.digest, file.size)).collect();
+        let mut layers: Vec<_> = record
+            .files
+            .iter()
+            .map(|file| Descriptor::new(native::media_type(file.part), file.digest, file.size))
+            .collect();
         let mut disks = Vec::new();
         for index in 0..record.config.disks.len() {
             let path = dir.join(Part::Disk(index).file_name());
@@ -133,8 +136,7 @@ impl NativeImage {
     /// another compressor once.
     pub(crate) fn pack(&self, layer: &Descriptor) -> Result<Vec<u8>, NativeError> {
         let damaged = |part: Part, offset| NativeError::Damaged { path: self.dir.join(part.file_name()), offset };
-        let &(part, offset, size, digest) =
-            self.windows.get(&layer.digest).ok_or_else(|| damaged(Part::Disk(0), 0))?;
+        let &(part, offset, size, digest) = self.windows.get(&layer.digest).ok_or_else(|| damaged(Part::Disk(0), 0))?;
         let path = self.dir.join(part.file_name());
         let failed = |source| NativeError::Pack { path: path.clone(), source };
         let raw = read_range(&File::open(&path).map_err(failed)?, offset, size).map_err(failed)?;

@@ -189,7 +189,9 @@ mod tests {
 
     #[test]
     fn bytes_read_well() {
-        for (bytes, text) in [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (64 << 30, "64.0 GiB"), (u64::MAX, "16383.9 PiB")] {
+        for (bytes, text) in
+            [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (64 << 30, "64.0 GiB"), (u64::MAX, "16383.9 PiB")]
+        {
             assert_eq!(Bytes(bytes).to_string(), text);
         }
     }

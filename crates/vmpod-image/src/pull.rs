@@ -124,7 +124,10 @@ impl PullError {
         match self {
             Self::Registry { source: RegistryError::Request(error), .. }
             | Self::Transfer { source: TransferError::Fetch { source: error, .. }, .. } => error.is_transient(),
-            Self::Transfer { source: TransferError::Wrong { .. } | TransferError::Store(_) | TransferError::Stopped, .. }
+            Self::Transfer {
+                source: TransferError::Wrong { .. } | TransferError::Store(_) | TransferError::Stopped,
+                ..
+            }
             | Self::Store { .. } => true,
             _ => false,
         }
@@ -136,7 +139,8 @@ impl PullError {
 pub async fn pull(store: &Store, reference: &Reference, options: PullOptions) -> Result<Image, PullError> {
     let Some(host) = reference.registry() else { return Err(PullError::Local(reference.clone())) };
     let report = Arc::new(Reporter::new(options.progress));
-    let access = Access { credentials: options.credentials, plain_http: options.plain_http, ca_files: options.ca_files };
+    let access =
+        Access { credentials: options.credentials, plain_http: options.plain_http, ca_files: options.ca_files };
     let failed = |source: RegistryError| match source {
         RegistryError::Request(error) if error.kind == BlobErrorKind::Missing => {
             PullError::NotFound { host: host.to_owned(), reference: reference.clone() }
@@ -153,8 +157,9 @@ pub async fn pull(store: &Store, reference: &Reference, options: PullOptions) ->
     let mut version = reference.version();
     let mut indexes = 0;
     let (digest, bytes, manifest) = loop {
-        let bytes =
-            again(options.retry, || repository.manifest(&version)).await.map_err(|error| failed(RegistryError::Request(error)))?;
+        let bytes = again(options.retry, || repository.manifest(&version))
+            .await
+            .map_err(|error| failed(RegistryError::Request(error)))?;
         match Document::parse(&bytes).map_err(unreadable)? {
             Document::Manifest(manifest) => break (Digest::of(&bytes), bytes, manifest),
             Document::Index(index) => {
@@ -171,8 +176,8 @@ pub async fn pull(store: &Store, reference: &Reference, options: PullOptions) ->
     let config = again(options.retry, || repository.blob(manifest.config.digest))
         .await
         .map_err(|error| failed(RegistryError::Request(error)))?;
-    let plan =
-        format::plan(&manifest, &config).map_err(|source| PullError::Format { reference: reference.clone(), source })?;
+    let plan = format::plan(&manifest, &config)
+        .map_err(|source| PullError::Format { reference: reference.clone(), source })?;
     let incoming = Incoming { digest, manifest: &manifest, manifest_bytes: &bytes, config: &config, plan: &plan };
     bring(store, reference, incoming, repository, options.retry, &report).await.map_err(|source| match source {
         TransferError::Store(source) => PullError::Store { reference: reference.clone(), source },
@@ -226,7 +231,12 @@ pub(crate) async fn bring(
 }
 
 /// The image, if it is here already; it gets the name.
-fn present(store: &Store, digest: Digest, reference: &Reference, report: &Reporter) -> Result<Option<Image>, StoreError> {
+fn present(
+    store: &Store,
+    digest: Digest,
+    reference: &Reference,
+    report: &Reporter,
+) -> Result<Option<Image>, StoreError> {
     if store.record(digest)?.is_none() {
         return Ok(None);
     }
@@ -258,7 +268,11 @@ async fn alone(store: &Store, digest: Digest, report: &Arc<Reporter>) -> Result<
     std::thread::Builder::new()
         .name("image-wait".to_owned())
         .spawn(move || drop(sender.send(Work::wait_pull(&store, digest))))
-        .map_err(|source| StoreError::Io { action: "start a thread to wait for the pull in", path: "work".into(), source })?;
+        .map_err(|source| StoreError::Io {
+            action: "start a thread to wait for the pull in",
+            path: "work".into(),
+            source,
+        })?;
     if let Some(mut theirs) = theirs {
         // A pull of this process: show its progress as ours.
         loop {
@@ -326,7 +340,13 @@ pub(crate) fn choose(index: &Index, (os, architecture): (Os, Architecture)) -> O
         entry.platform.as_ref().is_some_and(|platform| platform.architecture == architecture.as_str())
     };
     let only = || if let [only] = index.manifests.as_slice() { Some(only) } else { None };
-    index.manifests.iter().find(fits).or_else(|| index.manifests.iter().find(any_os)).or_else(only).map(|entry| entry.digest)
+    index
+        .manifests
+        .iter()
+        .find(fits)
+        .or_else(|| index.manifests.iter().find(any_os))
+        .or_else(only)
+        .map(|entry| entry.digest)
 }
 
 fn no_platform(reference: &Reference, index: &Index, (os, architecture): (Os, Architecture)) -> PullError {

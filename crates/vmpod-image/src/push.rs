@@ -103,7 +103,8 @@ pub async fn push(store: &Store, from: &Reference, to: &Reference, options: Push
             .map_err(|source| PushError::Native { reference: from.clone(), source })?
     };
     let failed = |source: RegistryError| PushError::Registry { reference: to.clone(), source };
-    let access = Access { credentials: options.credentials, plain_http: options.plain_http, ca_files: options.ca_files };
+    let access =
+        Access { credentials: options.credentials, plain_http: options.plain_http, ca_files: options.ca_files };
     let mount = mount_source(&image, to);
     let repository = Repository::open(to, &access, true, mount.as_deref()).await.map_err(failed)?;
 
@@ -113,7 +114,13 @@ pub async fn push(store: &Store, from: &Reference, to: &Reference, options: Push
     let largest = native.largest_window().max(1);
     let jobs = usize::try_from((MEMORY / largest).clamp(1, JOBS)).unwrap_or(1);
     let native = Arc::new(native);
-    let upload = Upload { repository: &repository, native: &native, mount: mount.as_deref(), retry: options.retry, report: &report };
+    let upload = Upload {
+        repository: &repository,
+        native: &native,
+        mount: mount.as_deref(),
+        retry: options.retry,
+        report: &report,
+    };
     let changed: HashMap<Digest, Descriptor> = futures::stream::iter(layers)
         .map(|layer| upload.layer(layer))
         .buffer_unordered(jobs)
@@ -125,7 +132,8 @@ pub async fn push(store: &Store, from: &Reference, to: &Reference, options: Push
             Failure::Native(source) => PushError::Native { reference: from.clone(), source },
         })?;
     report.phase(Phase::Finishing);
-    let (config, manifest) = native.documents(&changed).map_err(|source| PushError::Native { reference: from.clone(), source })?;
+    let (config, manifest) =
+        native.documents(&changed).map_err(|source| PushError::Native { reference: from.clone(), source })?;
     let finish = async {
         upload.blob(Digest::of(&config), config.clone().into()).await?;
         let digest = Digest::of(&manifest);

@@ -210,7 +210,9 @@ fn registry_host(name: &str, text: &str) -> Result<String, ReferenceError> {
     match port {
         None => Ok(host),
         Some(port) => match port.parse::<u16>() {
-            Ok(number) if number > 0 && port.bytes().all(|byte| byte.is_ascii_digit()) => Ok(format!("{host}:{number}")),
+            Ok(number) if number > 0 && port.bytes().all(|byte| byte.is_ascii_digit()) => {
+                Ok(format!("{host}:{number}"))
+            }
             _ => Err(bad()),
         },
     }
@@ -297,7 +299,10 @@ mod tests {
     fn names_are_normalised() {
         assert_eq!(shown("tiny"), "tiny:latest");
         assert_eq!(shown("team/tiny:1"), "team/tiny:1");
-        assert_eq!(shown("Registry.Example.com:443/ci/Ubuntu".to_lowercase().as_str()), "registry.example.com:443/ci/ubuntu:latest");
+        assert_eq!(
+            shown("Registry.Example.com:443/ci/Ubuntu".to_lowercase().as_str()),
+            "registry.example.com:443/ci/ubuntu:latest"
+        );
         assert_eq!(shown("REGISTRY.example.com/ci/ubuntu:24.04"), "registry.example.com/ci/ubuntu:24.04");
         assert_eq!(shown("localhost/a"), "localhost/a:latest");
         assert_eq!(shown("[::1]:5000/a:b"), "[::1]:5000/a:b");
@@ -308,9 +313,14 @@ mod tests {
 
     #[test]
     fn only_a_name_with_a_host_leaves_the_store() {
-        for (name, local) in
-            [("tiny", true), ("a/b/c:1", true), ("tiny:5", true), ("localhost/a", false), ("h:1/a", false), ("a.b/c", false)]
-        {
+        for (name, local) in [
+            ("tiny", true),
+            ("a/b/c:1", true),
+            ("tiny:5", true),
+            ("localhost/a", false),
+            ("h:1/a", false),
+            ("a.b/c", false),
+        ] {
             assert_eq!(Reference::parse(name).unwrap().is_local(), local, "{name}");
         }
     }
@@ -319,11 +329,26 @@ mod tests {
     fn bad_names_say_what_is_wrong() {
         insta::assert_snapshot!(
             [
-                "", "https://h.example/a", "h.example/", "h.example:99999/a", "h_x.example/a", "[::zz]:1/a", "Tiny", "a//b",
-                "a/../b", "-a", "a:", "a:.x", "a@sha256:12", "a@md5:12", "a b", ":x",
+                "",
+                "https://h.example/a",
+                "h.example/",
+                "h.example:99999/a",
+                "h_x.example/a",
+                "[::zz]:1/a",
+                "Tiny",
+                "a//b",
+                "a/../b",
+                "-a",
+                "a:",
+                "a:.x",
+                "a@sha256:12",
+                "a@md5:12",
+                "a b",
+                ":x",
             ]
             .map(|name| format!("{name:?} → {}", shown(name)))
-            .join("\n"));
+            .join("\n")
+        );
     }
 
     proptest! {
@@ -335,12 +360,12 @@ mod tests {
             digest in proptest::option::of(any::<[u8; 4]>()),
         ) {
             let mut text = String::new();
-            if let Some(host) = &host { text.push_str(&format!("{host}/")); }
+            if let Some(host) = &host { text = format!("{host}/"); }
             // A local name whose first component has a dot reads as a host, so give it none.
             let path = if host.is_none() { path.replace('.', "-") } else { path };
             text.push_str(&path);
-            if let Some(tag) = &tag { text.push_str(&format!(":{tag}")); }
-            if let Some(digest) = digest { text.push_str(&format!("@{}", Digest::of(&digest))); }
+            if let Some(tag) = &tag { text = format!("{text}:{tag}"); }
+            if let Some(digest) = digest { text = format!("{text}@{}", Digest::of(&digest)); }
             let reference = Reference::parse(&text).unwrap();
             prop_assert_eq!(reference.is_local(), host.is_none());
             prop_assert_eq!(Reference::parse(&reference.to_string()).unwrap(), reference);

@@ -83,7 +83,12 @@ pub fn install_crypto_provider() {
 
 impl Repository {
     /// The repository of `reference`. `push` asks for the right to write; `mount_from` for reading another repository there.
-    pub(crate) async fn open(reference: &Reference, access: &Access, push: bool, mount_from: Option<&str>) -> Result<Self, RegistryError> {
+    pub(crate) async fn open(
+        reference: &Reference,
+        access: &Access,
+        push: bool,
+        mount_from: Option<&str>,
+    ) -> Result<Self, RegistryError> {
         let host = reference.registry().ok_or_else(|| RegistryError::Local(reference.clone()))?;
         let client = client(host, access)?;
         let endpoint = if host == "docker.io" { "registry-1.docker.io" } else { host };
@@ -109,9 +114,18 @@ impl Repository {
     }
 
     /// Sends a request, with whatever authorization the registry asks for. The answer may be of any status.
-    async fn send(&self, method: Method, url: &str, build: impl Fn(RequestBuilder) -> RequestBuilder + Send) -> Result<Response, BlobError> {
+    async fn send(
+        &self,
+        method: Method,
+        url: &str,
+        build: impl Fn(RequestBuilder) -> RequestBuilder + Send,
+    ) -> Result<Response, BlobError> {
         let failed = |error: reqwest::Error| {
-            BlobError::caused(BlobErrorKind::Transient(None), format!("registry {} can't be reached", self.host), error.without_url())
+            BlobError::caused(
+                BlobErrorKind::Transient(None),
+                format!("registry {} can't be reached", self.host),
+                error.without_url(),
+            )
         };
         let mut token = self.auth.current();
         loop {
@@ -136,7 +150,11 @@ impl Repository {
     pub(crate) async fn manifest(&self, version: &str) -> Result<Vec<u8>, BlobError> {
         let accept = [media::OCI_MANIFEST, media::OCI_INDEX, media::DOCKER_MANIFEST, media::DOCKER_LIST].join(", ");
         let what = || format!("manifest {version}");
-        let response = self.send(Method::GET, &self.url(&format!("manifests/{version}")), |request| request.header(header::ACCEPT, &accept)).await?;
+        let response = self
+            .send(Method::GET, &self.url(&format!("manifests/{version}")), |request| {
+                request.header(header::ACCEPT, &accept)
+            })
+            .await?;
         let response = self.check(response, &what()).await?;
         let said = response.headers().get("docker-content-digest").and_then(|value| value.to_str().ok()?.parse().ok());
         let bytes = self.small(response, &what()).await?;
@@ -159,7 +177,10 @@ impl Repository {
         if Digest::of(&bytes) == digest {
             return Ok(bytes);
         }
-        Err(BlobError::new(BlobErrorKind::Transient(None), format!("registry {} sent wrong bytes for {what}", self.host)))
+        Err(BlobError::new(
+            BlobErrorKind::Transient(None),
+            format!("registry {} sent wrong bytes for {what}", self.host),
+        ))
     }
 
     async fn small(&self, response: Response, what: &str) -> Result<Vec<u8>, BlobError> {
@@ -168,7 +189,10 @@ impl Repository {
         while let Some(part) = body.try_next().await? {
             bytes.extend_from_slice(&part);
             if bytes.len() as u64 > LARGEST {
-                return Err(BlobError::new(BlobErrorKind::Fatal, format!("{what} of registry {} is larger than {} MiB", self.host, LARGEST >> 20)));
+                return Err(BlobError::new(
+                    BlobErrorKind::Fatal,
+                    format!("{what} of registry {} is larger than {} MiB", self.host, LARGEST >> 20),
+                ));
             }
         }
         Ok(bytes)
@@ -179,7 +203,11 @@ impl Repository {
         response
             .bytes_stream()
             .map_err(move |error| {
-                BlobError::caused(BlobErrorKind::Transient(None), format!("the connection to registry {host} broke"), error.without_url())
+                BlobError::caused(
+                    BlobErrorKind::Transient(None),
+                    format!("the connection to registry {host} broke"),
+                    error.without_url(),
+                )
             })
             .boxed()
     }
@@ -190,7 +218,11 @@ impl Repository {
         if status.is_success() {
             return Ok(response);
         }
-        let after = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok()).map(Duration::from_secs);
+        let after = response
+            .headers()
+            .get(header::RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.parse().ok())
+            .map(Duration::from_secs);
         let kind = match status {
             StatusCode::NOT_FOUND => BlobErrorKind::Missing,
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => BlobErrorKind::Denied,
@@ -209,7 +241,9 @@ impl Blobs for Repository {
         let url = self.url(&format!("blobs/{}", blob.digest));
         let part = start > 0 || end < blob.size;
         let range = format!("bytes={start}-{}", end.saturating_sub(1));
-        let response = self.send(Method::GET, &url, |request| if part { request.header(header::RANGE, &range) } else { request }).await?;
+        let response = self
+            .send(Method::GET, &url, |request| if part { request.header(header::RANGE, &range) } else { request })
+            .await?;
         let response = self.check(response, &format!("blob {}", blob.digest)).await?;
         let status = response.status();
         let body = self.body(response);
@@ -273,7 +307,8 @@ fn client(host: &str, access: &Access) -> Result<reqwest::Client, RegistryError>
         .read_timeout(STALL_LIMIT)
         .user_agent(concat!("vmpod/", env!("CARGO_PKG_VERSION")));
     for path in &access.ca_files {
-        let failed = |source: Box<dyn std::error::Error + Send + Sync>| RegistryError::CaFile { path: path.clone(), source };
+        let failed =
+            |source: Box<dyn std::error::Error + Send + Sync>| RegistryError::CaFile { path: path.clone(), source };
         let pem = std::fs::read(path).map_err(|error| failed(error.into()))?;
         let certificates = reqwest::Certificate::from_pem_bundle(&pem).map_err(|error| failed(error.into()))?;
         builder = builder.tls_certs_merge(certificates);
@@ -311,7 +346,6 @@ async fn scheme(client: &reqwest::Client, host: &str, access: &Access) -> &'stat
         _ => "https",
     }
 }
-
 
 #[cfg(test)]
 mod tests {

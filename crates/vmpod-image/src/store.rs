@@ -169,7 +169,8 @@ impl Store {
     /// The image of this digest, if it is here.
     pub fn image(&self, digest: Digest) -> Result<Option<Image>, StoreError> {
         let Some(record) = self.record(digest)? else { return Ok(None) };
-        let references = self.names()?.into_iter().filter(|name| name.digest == digest).map(|name| name.reference).collect();
+        let references =
+            self.names()?.into_iter().filter(|name| name.digest == digest).map(|name| name.reference).collect();
         Ok(Some(self.assemble(record, references)))
     }
 

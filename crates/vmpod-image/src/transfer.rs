@@ -143,11 +143,8 @@ pub(crate) async fn transfer(
         report.reuse(bytes_of(&plan.layers[index]));
     }
     let jobs = jobs(plan, &finished);
-    let done: Vec<Vec<(usize, Raw)>> = futures::stream::iter(jobs)
-        .map(|job| context.run(job, plan))
-        .buffer_unordered(JOBS)
-        .try_collect()
-        .await?;
+    let done: Vec<Vec<(usize, Raw)>> =
+        futures::stream::iter(jobs).map(|job| context.run(job, plan)).buffer_unordered(JOBS).try_collect().await?;
     finished.extend(done.into_iter().flatten());
     Ok(outcome(plan, &finished))
 }
@@ -288,8 +285,11 @@ impl Context {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let result =
-                if layer.blobs.len() == 1 && bytes_of(layer) <= SEGMENT { self.fetch_small(layer, sinks).await } else { self.fetch_large(layer, sinks).await };
+            let result = if layer.blobs.len() == 1 && bytes_of(layer) <= SEGMENT {
+                self.fetch_small(layer, sinks).await
+            } else {
+                self.fetch_large(layer, sinks).await
+            };
             match result {
                 Err(TransferError::Wrong { what, .. }) if attempt < WRONG_ATTEMPTS => {
                     tracing::warn!(layer = %digest, place = self.fetcher.place(), what, "wrong bytes, fetching again");
@@ -304,17 +304,23 @@ impl Context {
     async fn fetch_small(&self, layer: &Layer, sinks: &[(Arc<File>, u64)]) -> Result<Raw, TransferError> {
         let mut pieces = Vec::new();
         for blob in &layer.blobs {
-            let piece = self.fetcher.segment(*blob, 0, blob.size).await.map_err(|source| self.failed(blob.digest, source))?;
+            let piece =
+                self.fetcher.segment(*blob, 0, blob.size).await.map_err(|source| self.failed(blob.digest, source))?;
             pieces.push((*blob, piece));
         }
         let permit = Arc::clone(&self.unpackers).acquire_owned().await.map_err(|_| TransferError::Stopped)?;
-        let (layer, sinks, work, place) = (layer.clone(), sinks.to_vec(), Arc::clone(&self.work), self.fetcher.place().to_owned());
+        let (layer, sinks, work, place) =
+            (layer.clone(), sinks.to_vec(), Arc::clone(&self.work), self.fetcher.place().to_owned());
         tokio::task::spawn_blocking(move || {
             let _held = (permit, work);
             for (blob, piece) in &pieces {
                 let found = Digest::of(&piece.bytes);
                 if found != blob.digest {
-                    return Err(TransferError::Wrong { layer: blob.digest, place, what: format!("their digest is {found}") });
+                    return Err(TransferError::Wrong {
+                        layer: blob.digest,
+                        place,
+                        what: format!("their digest is {found}"),
+                    });
                 }
             }
             let mut reader = Pieces { pieces: pieces.iter().map(|(_, piece)| piece.bytes.as_slice()).collect() };

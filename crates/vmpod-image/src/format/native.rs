@@ -122,9 +122,11 @@ pub(crate) fn plan(manifest: &Manifest, config: &[u8]) -> Result<Plan, FormatErr
         }
     }
     let direct = matches!(config.boot, Boot::Kernel { .. });
-    for (part, least, most, expected) in
-        [(Part::Kernel, usize::from(direct), 1, "one"), (Part::Initrd, 0, 1, "at most one"), (Part::Nvram, 0, 1, "at most one")]
-    {
+    for (part, least, most, expected) in [
+        (Part::Kernel, usize::from(direct), 1, "one"),
+        (Part::Initrd, 0, 1, "at most one"),
+        (Part::Nvram, 0, 1, "at most one"),
+    ] {
         let count = files.iter().filter(|(file, _)| *file == part).count();
         if count < least || count > most {
             return Err(FormatError::Count { media_type: media_type(part), count, expected });
@@ -172,7 +174,8 @@ mod tests {
     }
 
     fn planned(layers: Vec<Descriptor>) -> Result<Plan, String> {
-        plan(&manifest(CONFIG.as_bytes(), layers, BTreeMap::new()), CONFIG.as_bytes()).map_err(|error| error.to_string())
+        plan(&manifest(CONFIG.as_bytes(), layers, BTreeMap::new()), CONFIG.as_bytes())
+            .map_err(|error| error.to_string())
     }
 
     #[test]
@@ -217,9 +220,18 @@ mod tests {
     fn media_types_and_annotations_are_stable() {
         insta::assert_snapshot!(
             [
-                media::ARTIFACT, media::CONFIG, media::DISK_CHUNK_ZSTD, media::KERNEL, media::INITRD, media::NVRAM,
-                media::CHUNK_DISK, media::CHUNK_OFFSET, media::CHUNK_RAW_SIZE, media::CHUNK_RAW_DIGEST,
+                media::ARTIFACT,
+                media::CONFIG,
+                media::DISK_CHUNK_ZSTD,
+                media::KERNEL,
+                media::INITRD,
+                media::NVRAM,
+                media::CHUNK_DISK,
+                media::CHUNK_OFFSET,
+                media::CHUNK_RAW_SIZE,
+                media::CHUNK_RAW_DIGEST,
             ]
-            .join("\n"));
+            .join("\n")
+        );
     }
 }

@@ -72,10 +72,7 @@ impl Overlay {
 
         let table = (2 * CLUSTER).to_be_bytes().to_vec();
         let counts = (0..clusters).flat_map(|_| 1u16.to_be_bytes()).collect();
-        Ok(Self {
-            file_size: clusters * CLUSTER,
-            parts: vec![(0, header), (CLUSTER, table), (2 * CLUSTER, counts)],
-        })
+        Ok(Self { file_size: clusters * CLUSTER, parts: vec![(0, header), (CLUSTER, table), (2 * CLUSTER, counts)] })
     }
 
     /// The size of the file in bytes, nearly all of it a hole.
@@ -112,11 +109,13 @@ mod tests {
         for size in [3 << 20, 64 << 30, 20 << 40, LARGEST] {
             let path = dir.path().join("overlay.qcow2");
             write(&path, &Overlay::new(&base, size).unwrap());
-            let check = Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(&path).output().unwrap();
+            let check =
+                Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(&path).output().unwrap();
             assert!(check.status.success(), "{size}: {}", String::from_utf8_lossy(&check.stderr));
             let check: serde_json::Value = serde_json::from_slice(&check.stdout).unwrap();
             assert_eq!((&check["leaks"], &check["corruptions"]), (&serde_json::Value::Null, &serde_json::Value::Null));
-            let info = Command::new("qemu-img").args(["info", "-f", "qcow2", "--output=json"]).arg(&path).output().unwrap();
+            let info =
+                Command::new("qemu-img").args(["info", "-f", "qcow2", "--output=json"]).arg(&path).output().unwrap();
             let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
             assert_eq!(info["virtual-size"], size);
             assert_eq!(info["backing-filename"], base.to_str().unwrap());

@@ -98,7 +98,8 @@ impl Qcow2 {
         }
         let (incompatible, length) = if version == 3 { (be64(72), be32(100)) } else { (0, 72) };
         // Bits 0 (dirty: refcounts may be wrong, which a reader doesn't mind), 3 (compression type), 4 (extended L2).
-        let (data_file, compression_bit, extended) = (incompatible & 4 != 0, incompatible & 8 != 0, incompatible & 16 != 0);
+        let (data_file, compression_bit, extended) =
+            (incompatible & 4 != 0, incompatible & 8 != 0, incompatible & 16 != 0);
         if incompatible & 2 != 0 {
             return Err(Qcow2Error::Header("it is marked corrupt; `qemu-img check -r all` may mend it"));
         }
@@ -272,10 +273,7 @@ fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> 
 fn read_table(file: &File, offset: u64, entries: usize) -> io::Result<Vec<u64>> {
     let mut bytes = vec![0; entries * 8];
     file.read_exact_at(&mut bytes, offset)?;
-    Ok(bytes
-        .chunks_exact(8)
-        .map(|entry| entry.iter().fold(0, |value, &byte| value << 8 | u64::from(byte)))
-        .collect())
+    Ok(bytes.chunks_exact(8).map(|entry| entry.iter().fold(0, |value, &byte| value << 8 | u64::from(byte))).collect())
 }
 
 #[cfg(test)]
@@ -376,7 +374,7 @@ mod tests {
             if let Ok(disk) = Qcow2::open(file) {
                 let mut buffer = [0; 2000];
                 let length = buffer.len().min(usize::try_from(disk.size()).unwrap_or(usize::MAX));
-                let _ = disk.read(&mut buffer[..length], 0);
+                drop(disk.read(&mut buffer[..length], 0));
             }
         }
     }

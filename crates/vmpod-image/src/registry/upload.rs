@@ -37,7 +37,8 @@ impl Repository {
             Some(from) => format!("blobs/uploads/?mount={digest}&from={}", from.replace('/', "%2F")),
             None => "blobs/uploads/".to_owned(),
         };
-        let response = self.send(Method::POST, &self.url(&path), |request| request.header(header::CONTENT_LENGTH, 0)).await?;
+        let response =
+            self.send(Method::POST, &self.url(&path), |request| request.header(header::CONTENT_LENGTH, 0)).await?;
         let response = self.check(response, &format!("an upload of {digest}")).await?;
         if response.status() == StatusCode::CREATED {
             return Ok(Begun::Mounted);
@@ -84,8 +85,14 @@ impl Repository {
     }
 
     fn location(&self, response: &Response) -> Result<Url, BlobError> {
-        let bad = || BlobError::new(BlobErrorKind::Fatal, format!("registry {} began an upload without saying where", self.host()));
-        let location = response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok()).ok_or_else(bad)?;
+        let bad = || {
+            BlobError::new(
+                BlobErrorKind::Fatal,
+                format!("registry {} began an upload without saying where", self.host()),
+            )
+        };
+        let location =
+            response.headers().get(header::LOCATION).and_then(|value| value.to_str().ok()).ok_or_else(bad)?;
         let base = Url::parse(&self.base).map_err(|_| bad())?;
         let at = base.join(location).map_err(|_| bad())?;
         // Our token goes with it: not to another host, and not in the clear.
@@ -94,7 +101,10 @@ impl Repository {
             // Proxies that end TLS are known to say http; the registry is still where it was.
             let mut mended = base.clone();
             if at.host_str() != base.host_str() {
-                return Err(BlobError::new(BlobErrorKind::Fatal, format!("registry {} sends uploads to another host, {:?}", self.host(), at.host_str())));
+                return Err(BlobError::new(
+                    BlobErrorKind::Fatal,
+                    format!("registry {} sends uploads to another host, {:?}", self.host(), at.host_str()),
+                ));
             }
             mended.set_path(at.path());
             mended.set_query(at.query());

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::{io, write_whole};
 use super::StoreError;
+use super::files::{io, write_whole};
 use crate::config::Config;
 use crate::digest::Digest;
 
@@ -78,7 +78,13 @@ pub(crate) struct Window {
 }
 
 impl Record {
-    pub(crate) fn new(digest: Digest, format: &str, created: jiff::Timestamp, config: Config, transfer_bytes: u64) -> Self {
+    pub(crate) fn new(
+        digest: Digest,
+        format: &str,
+        created: jiff::Timestamp,
+        config: Config,
+        transfer_bytes: u64,
+    ) -> Self {
         Self { version: VERSION, digest, format: format.to_owned(), created, config, transfer_bytes, files: Vec::new() }
     }
 

@@ -35,7 +35,8 @@ fn put(store: &Store, manifest: &str, size: u64, reference: &str) -> Image {
     std::fs::write(&disk, manifest).unwrap();
     File::options().write(true).open(&disk).unwrap().set_len(size).unwrap();
     let record = Record::new(digest, "vmpod", jiff::Timestamp::UNIX_EPOCH, config, 7);
-    let finished = work::Finished { record, windows: record::Windows::default(), manifest: manifest.as_bytes(), config: b"" };
+    let finished =
+        work::Finished { record, windows: record::Windows::default(), manifest: manifest.as_bytes(), config: b"" };
     work.publish(store, &finished, &name(reference)).unwrap()
 }
 
@@ -87,11 +88,14 @@ fn a_name_that_moves_leaves_the_old_image_to_its_holders() {
 fn a_clone_grows_and_never_shrinks() {
     let (dir, store) = store();
     let image = put(&store, "one", 1 << 20, "a");
-    for (asked, size) in [(None, 1 << 20), (Some(512), 1 << 20), (Some(64 << 30), 64 << 30), (Some((2 << 20) + 1), (2 << 20) + 512)] {
+    for (asked, size) in
+        [(None, 1 << 20), (Some(512), 1 << 20), (Some(64 << 30), 64 << 30), (Some((2 << 20) + 1), (2 << 20) + 512)]
+    {
         let clone = store.clone_image(&image, &dir.path().join("m"), asked, "h").unwrap();
         let disk = &clone.disks[0];
         assert_eq!(disk.size, size);
-        let info = std::process::Command::new("qemu-img").args(["info", "--output=json"]).arg(&disk.path).output().unwrap();
+        let info =
+            std::process::Command::new("qemu-img").args(["info", "--output=json"]).arg(&disk.path).output().unwrap();
         let info: serde_json::Value = serde_json::from_slice(&info.stdout).unwrap();
         assert_eq!(info["virtual-size"], size);
         let allocated = files::allocated(&disk.path);
@@ -148,6 +152,5 @@ fn a_newer_store_is_refused() {
     let path = Record::path(&store.image_dir(image.digest));
     let text = std::fs::read_to_string(&path).unwrap().replace("\"version\":1", "\"version\":9");
     std::fs::write(&path, text).unwrap();
-    insta::assert_snapshot!(
-        store.get(&name("a")).unwrap_err().to_string().replace(path.to_str().unwrap(), "FILE"));
+    insta::assert_snapshot!(store.get(&name("a")).unwrap_err().to_string().replace(path.to_str().unwrap(), "FILE"));
 }

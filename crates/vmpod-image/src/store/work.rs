@@ -84,7 +84,12 @@ impl Work {
 
     /// Writes down what the directory holds, makes all of it durable and shows it as an image. The lock's file goes along with the
     /// rename, so whoever waits for it finds that it isn't at its path any more, looks again and finds the image.
-    pub(crate) fn publish(&self, store: &Store, finished: &Finished<'_>, reference: &Reference) -> Result<Image, StoreError> {
+    pub(crate) fn publish(
+        &self,
+        store: &Store,
+        finished: &Finished<'_>,
+        reference: &Reference,
+    ) -> Result<Image, StoreError> {
         for file in files::names_in(&self.dir)? {
             let path = self.dir.join(&file);
             if file == LOCK {
@@ -95,7 +100,8 @@ impl Work {
                 continue;
             }
             files::sync_file(&path)?;
-            std::fs::set_permissions(&path, Permissions::from_mode(0o400)).map_err(files::io("make read-only", &path))?;
+            std::fs::set_permissions(&path, Permissions::from_mode(0o400))
+                .map_err(files::io("make read-only", &path))?;
         }
         files::write_whole(&self.dir.join("manifest.json"), finished.manifest)?;
         files::write_whole(&self.dir.join("config.json"), finished.config)?;

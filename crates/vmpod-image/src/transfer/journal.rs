@@ -87,7 +87,7 @@ fn line(index: usize, raw: Raw) -> String {
 fn parse(text: &[u8], plan: Digest, boot: &str) -> Option<(Vec<(usize, Raw)>, bool)> {
     let text = String::from_utf8_lossy(text);
     // The last line may have been cut.
-    let whole = &text[..text.rfind('\n')? + 1];
+    let whole = &text[..=text.rfind('\n')?];
     let mut lines = whole.lines();
     let mut header = lines.next()?.splitn(4, ' ');
     if header.next()? != "vmpod-journal" || header.next()? != "1" || header.next()? != plan.to_string() {

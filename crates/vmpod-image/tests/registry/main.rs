@@ -1,5 +1,7 @@
 //! Pull and push against a scripted registry that misbehaves on demand.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod script;
 
 use std::collections::BTreeSet;
@@ -10,8 +12,8 @@ use std::time::Duration;
 
 use script::{Fault, Registry};
 use vmpod_image::{
-    Credentials, Digest, Image, ImportOptions, Phase, PullError, PullOptions, PushOptions, Reference, Retry, Source, Store,
-    import, pull, push,
+    Credentials, Digest, Image, ImportOptions, Phase, PullError, PullOptions, PushOptions, Reference, Retry, Source,
+    Store, import, pull, push,
 };
 
 const RETRY: Retry = Retry { attempts: 5, first: Duration::from_millis(5), longest: Duration::from_millis(50) };
@@ -101,9 +103,10 @@ async fn what_is_pushed_is_pulled_with_its_holes() {
     let image = world.published(1).await;
     let reference = world.remote("ci/a:1");
     let (sender, receiver) = tokio::sync::watch::channel(vmpod_image::Progress::default());
-    let pulled = pull(&world.there, &reference, PullOptions { progress: Some(sender), ..pull_options() }).await.unwrap();
+    let pulled =
+        pull(&world.there, &reference, PullOptions { progress: Some(sender), ..pull_options() }).await.unwrap();
     assert_eq!((pulled.digest, &pulled.config, pulled.format.as_str()), (image.digest, &image.config, "vmpod"));
-    assert_eq!(pulled.references, [reference.clone()]);
+    assert_eq!(pulled.references, std::slice::from_ref(&reference));
     world.assert_equal(&image);
     assert!(pulled.stored_bytes < 20 * MIB, "{}", pulled.stored_bytes);
     let progress = receiver.borrow().clone();
@@ -205,7 +208,8 @@ async fn a_registry_without_ranges_and_a_large_file() {
             let world = World::new().await;
             let kernel = world.path("kernel");
             std::fs::write(&kernel, noise(7, 21 << 20)).unwrap();
-            let options = ImportOptions { kernel: Some(kernel.clone()), cmdline: "quiet".to_owned(), ..ImportOptions::default() };
+            let options =
+                ImportOptions { kernel: Some(kernel.clone()), cmdline: "quiet".to_owned(), ..ImportOptions::default() };
             import(&world.here, Source::Kernel, &name("k"), options).await.unwrap();
             push(&world.here, &name("k"), &world.remote("k"), push_options()).await.unwrap();
             assert!(world.registry.patches() >= 2, "a large blob goes up in parts");
@@ -269,7 +273,11 @@ async fn errors_say_what_is_wrong() {
     assert_eq!(error.to_string(), format!("registry {} has no image {reference}", world.registry.host()));
     let closed = name("127.0.0.1:1/a");
     let error = pull(&world.there, &closed, pull_options()).await.unwrap_err();
-    assert!(error.is_transient() && chain(&error).contains("registry 127.0.0.1:1 can't be reached"), "{}", chain(&error));
+    assert!(
+        error.is_transient() && chain(&error).contains("registry 127.0.0.1:1 can't be reached"),
+        "{}",
+        chain(&error)
+    );
     let wrong = world.remote(&format!("ci/a@{}", Digest::of(b"other")));
     world.published(1).await;
     let error = pull(&world.there, &wrong, pull_options()).await.unwrap_err();
@@ -300,7 +308,10 @@ async fn an_index_is_followed_to_this_platform() {
     let index = serde_json::json!({"schemaVersion": 2, "manifests": [entry(image.digest.to_string(), "s390x"), entry(image.digest.to_string(), "mips")]});
     world.registry.put_manifest("ci/a", "other", serde_json::to_vec(&index).unwrap());
     let error = pull(&world.there, &world.remote("ci/a:other"), pull_options()).await.unwrap_err();
-    assert!(error.to_string().ends_with(&format!("has no image for linux/{host}, only for linux/s390x, linux/mips")), "{error}");
+    assert!(
+        error.to_string().ends_with(&format!("has no image for linux/{host}, only for linux/s390x, linux/mips")),
+        "{error}"
+    );
 }
 
 #[tokio::test]
@@ -313,7 +324,8 @@ async fn registries_with_tokens_and_passwords() {
         let error = pull(&world.there, &reference, pull_options()).await.unwrap_err();
         assert!(matches!(error, PullError::Denied { .. }) && !error.is_transient(), "{error:?}");
         let config = |password: &str| {
-            let text = serde_json::json!({"auths": {world.registry.host(): {"username": "user", "password": password}}});
+            let text =
+                serde_json::json!({"auths": {world.registry.host(): {"username": "user", "password": password}}});
             Credentials::default().with_docker_config(text.to_string())
         };
         let with = |password| PullOptions { credentials: config(password), ..pull_options() };
@@ -324,7 +336,9 @@ async fn registries_with_tokens_and_passwords() {
         world.registry.expire_tokens_after(3);
         pull(&world.there, &reference, with("pass:word")).await.unwrap();
         let to = world.remote("ci/b:1");
-        push(&world.there, &reference, &to, PushOptions { credentials: config("pass:word"), ..push_options() }).await.unwrap();
+        push(&world.there, &reference, &to, PushOptions { credentials: config("pass:word"), ..push_options() })
+            .await
+            .unwrap();
     }
 }
 
@@ -336,7 +350,11 @@ async fn a_push_mounts_what_the_registry_has_elsewhere() {
     let uploads = world.registry.uploads();
     let digest = push(&world.there, &world.remote("ci/a:1"), &world.remote("other/b:1"), push_options()).await.unwrap();
     assert_eq!(digest, image.digest);
-    assert_eq!((world.registry.uploads() - uploads, world.registry.mounts()), (1, 8), "the configuration is sent, the windows mounted");
+    assert_eq!(
+        (world.registry.uploads() - uploads, world.registry.mounts()),
+        (1, 8),
+        "the configuration is sent, the windows mounted"
+    );
 }
 
 #[tokio::test]
@@ -353,7 +371,10 @@ async fn a_push_survives_faults() {
 /// What the child of the next test does.
 #[tokio::test]
 async fn child_pull() {
-    let (Some(dir), Some(reference)) = (std::env::var_os("VMPOD_TEST_STORE"), std::env::var_os("VMPOD_TEST_IMAGE")) else { return };
+    let (Some(dir), Some(reference)) = (std::env::var_os("VMPOD_TEST_STORE"), std::env::var_os("VMPOD_TEST_IMAGE"))
+    else {
+        return;
+    };
     let store = Store::open(Path::new(&dir)).unwrap();
     pull(&store, &name(reference.to_str().unwrap()), pull_options()).await.unwrap();
 }
@@ -393,7 +414,11 @@ async fn a_killed_pull_goes_on_where_it_was() {
         child.kill().unwrap();
         finished += usize::from(child.wait().unwrap().success());
         if finished == 0 {
-            assert_eq!(Store::open(world.there.dir()).unwrap().list().unwrap(), [], "nothing is visible before it is whole");
+            assert_eq!(
+                Store::open(world.there.dir()).unwrap().list().unwrap(),
+                [],
+                "nothing is visible before it is whole"
+            );
         }
     }
     world.registry.delay(Duration::ZERO);

@@ -112,7 +112,13 @@ impl Registry {
 
     pub(crate) fn damage_one_blob(&self) -> String {
         let mut inner = self.lock();
-        let (key, bytes) = inner.blobs.iter().filter(|(_, bytes)| bytes.len() > 10_000).min().map(|(k, v)| (k.clone(), v.clone())).unwrap();
+        let (key, bytes) = inner
+            .blobs
+            .iter()
+            .filter(|(_, bytes)| bytes.len() > 10_000)
+            .min()
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .unwrap();
         let mut wrong = bytes.to_vec();
         wrong[5000] ^= 1;
         inner.damaged = Some((key.1.clone(), bytes));
@@ -169,7 +175,8 @@ impl Registry {
     fn refuse(&self, headers: &HeaderMap) -> Option<Response> {
         let mut inner = self.lock();
         let (bearer, login) = inner.login.clone()?;
-        let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
+        let given =
+            headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()).unwrap_or_default().to_owned();
         let fits = if bearer {
             let uses = inner.token_uses.unwrap_or(usize::MAX);
             given.strip_prefix("Bearer ").and_then(|token| inner.tokens.get_mut(token)).is_some_and(|used| {
@@ -240,7 +247,14 @@ async fn manifests(registry: &Registry, method: &Method, repository: &str, versi
     }
 }
 
-async fn uploads(registry: &Registry, method: &Method, repository: &str, upload: &str, query: &str, body: Body) -> Response {
+async fn uploads(
+    registry: &Registry,
+    method: &Method,
+    repository: &str,
+    upload: &str,
+    query: &str,
+    body: Body,
+) -> Response {
     let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
     let mut inner = registry.lock();
     inner.writes += 1;
@@ -312,11 +326,19 @@ async fn blobs(registry: &Registry, method: &Method, repository: &str, digest: &
     };
     let builder = Response::builder().status(status);
     let chunked = |bytes: Bytes, broken: bool| {
-        let parts: Vec<Result<Bytes, std::io::Error>> = bytes.chunks(65_536).map(|part| Ok(Bytes::copy_from_slice(part))).collect();
+        let parts: Vec<Result<Bytes, std::io::Error>> =
+            bytes.chunks(65_536).map(|part| Ok(Bytes::copy_from_slice(part))).collect();
         let end = broken.then(|| Err(std::io::Error::other("scripted")));
-        Body::from_stream(futures::stream::iter(parts).chain(futures::stream::once(async {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }).filter_map(|()| async { None })).chain(futures::stream::iter(end)))
+        Body::from_stream(
+            futures::stream::iter(parts)
+                .chain(
+                    futures::stream::once(async {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    })
+                    .filter_map(|()| async { None }),
+                )
+                .chain(futures::stream::iter(end)),
+        )
     };
     match fault {
         None => builder.body(Body::from(bytes)).unwrap(),
