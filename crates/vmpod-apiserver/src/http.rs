@@ -8,7 +8,7 @@ mod list;
 pub(crate) mod path;
 pub(crate) mod query;
 mod read;
-mod respond;
+pub(crate) mod respond;
 mod reviews;
 mod special;
 mod watch;
@@ -19,12 +19,14 @@ use std::sync::Arc;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
+use bytes::Bytes;
 use http::header::{AUTHORIZATION, USER_AGENT};
 use http::{HeaderMap, Method, Request, Response};
 use jiff::Timestamp;
 
 use crate::auth::authorize::{self, Attributes};
 use crate::discovery;
+use crate::events;
 use crate::identity::Identity;
 use crate::kinds::Resource;
 use crate::server::Server;
@@ -50,6 +52,8 @@ pub(crate) struct Call {
     pub(crate) query: Query,
     pub(crate) target: Target,
     pub(crate) resource: Arc<Resource>,
+    /// The kind as the client sees it: another one for events, which are served in two groups.
+    pub(crate) shown: Arc<Resource>,
     pub(crate) now: Timestamp,
 }
 
@@ -57,6 +61,22 @@ impl Call {
     /// The name in the path; collections have none.
     fn name(&self) -> Result<&str, Status> {
         self.target.name.as_deref().ok_or_else(Status::method_not_allowed_here)
+    }
+
+    /// The body, in terms of the kind that is stored.
+    async fn body(&self, request: Request<Body>) -> Result<Bytes, Status> {
+        let bytes = body::read(request).await?;
+        if self.shown.group != events::GROUP {
+            return Ok(bytes);
+        }
+        match serde_json::from_slice(&bytes) {
+            Ok(mut value) => {
+                events::to_core(&mut value);
+                Ok(respond::serialise(&value))
+            }
+            // Something else will say what is wrong with it.
+            Err(_) => Ok(bytes),
+        }
     }
 
     fn shape(&self) -> Result<Shape, Status> {
@@ -133,13 +153,13 @@ async fn route(server: Arc<Server>, request: Request<Body>, now: Timestamp) -> R
         }
         Some(Route::Resource(target)) => target,
     };
-    let Some(resource) = server.registry().resource(&target.group, &target.version, &target.plural) else {
+    let Some((resource, shown)) = resource_of(&server, &target) else {
         authorize::path(&identity, request.method(), &path)?;
         return Ok(respond::not_found_page());
     };
     let query = Query::parse(request.uri().query());
     let (parts, body) = request.into_parts();
-    let call = Call { server, identity, method: parts.method.clone(), headers: parts.headers.clone(), query, target, resource, now };
+    let call = Call { server, identity, method: parts.method.clone(), headers: parts.headers.clone(), query, target, resource, shown, now };
     authorize::resource(&call.server, &call.identity, &attributes(&call)?)?;
     if call.resource.namespaced && call.target.namespace.is_none() && call.method != Method::GET && call.resource.stored {
         return Err(Status::method_not_allowed_here());
@@ -149,6 +169,19 @@ async fn route(server: Arc<Server>, request: Request<Body>, now: Timestamp) -> R
     }
     let request = Request::from_parts(parts, body);
     serve(call, request).await
+}
+
+/// The kind that is stored, and the one that is shown.
+fn resource_of(server: &Server, target: &Target) -> Option<(Arc<Resource>, Arc<Resource>)> {
+    let registry = server.registry();
+    if (target.group.as_str(), target.version.as_str(), target.plural.as_str()) == (events::GROUP, "v1", "events") {
+        let core = registry.resource("", "v1", "events")?;
+        let mut shown = (*core).clone();
+        shown.group = events::GROUP.into();
+        return Some((core, Arc::new(shown)));
+    }
+    let resource = registry.resource(&target.group, &target.version, &target.plural)?;
+    Some((resource.clone(), resource))
 }
 
 /// What is asked, in the words of authorization.
@@ -188,11 +221,11 @@ async fn serve(call: Call, request: Request<Body>) -> Result<Response<Body>, Sta
         (Method::GET | Method::HEAD, true) => read::get(&call),
         (Method::GET | Method::HEAD, false) if call.query.flag("watch")? => watch::start(&call),
         (Method::GET | Method::HEAD, false) => list::list(&call),
-        (Method::POST, false) => write::create(&call, &body::read(request).await?).await,
-        (Method::PUT, true) => write::update(&call, None, &body::read(request).await?).await,
-        (Method::PATCH, true) => write::patch(&call, None, &body::read(request).await?).await,
-        (Method::DELETE, true) => delete::one(&call, &body::read(request).await?).await,
-        (Method::DELETE, false) => delete::collection(&call, &body::read(request).await?).await,
+        (Method::POST, false) => write::create(&call, &call.body(request).await?).await,
+        (Method::PUT, true) => write::update(&call, None, &call.body(request).await?).await,
+        (Method::PATCH, true) => write::patch(&call, None, &call.body(request).await?).await,
+        (Method::DELETE, true) => delete::one(&call, &call.body(request).await?).await,
+        (Method::DELETE, false) => delete::collection(&call, &call.body(request).await?).await,
         _ => Err(Status::method_not_allowed_here()),
     }
 }

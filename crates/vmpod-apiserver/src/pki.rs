@@ -181,9 +181,9 @@ impl Pki {
         private_dir(dir)?;
         let (cert, key) = (dir.join("ca.crt"), dir.join("ca.key"));
         if let (Some(ca_pem), Some(key_pem)) = (read_if_there(&cert)?, read_if_there(&key)?) {
-            let pair = KeyPair::from_pem(&key_pem).map_err(|_| PkiError::Content { what: "private key", path: key })?;
+            let pair = KeyPair::from_pem(&key_pem).map_err(|_| PkiError::Content { what: "private key", path: key.clone() })?;
             let issuer = Issuer::from_ca_cert_pem(&ca_pem, pair)
-                .map_err(|_| PkiError::Content { what: "certificate", path: cert })?;
+                .map_err(|_| PkiError::Content { what: "certificate", path: cert.clone() })?;
             if !near_end(&ca_pem) {
                 return Ok(Self { dir: dir.into(), ca_pem, issuer });
             }

@@ -74,7 +74,7 @@ impl Server {
     }
 }
 
-/// The name that a resource's objects are stored under. Events are one resource in two groups.
+/// The name that a resource's objects are stored under.
 pub(crate) fn storage_name(resource: &Resource) -> String {
-    if resource.group == "events.k8s.io" { "events".into() } else { resource.storage_group_resource() }
+    resource.qualified()
 }

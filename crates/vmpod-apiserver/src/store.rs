@@ -25,7 +25,7 @@ use std::thread::JoinHandle;
 use serde_json::Value;
 use tokio::sync::oneshot;
 
-pub(crate) use disk::OpenError;
+pub use disk::OpenError;
 pub(crate) use object::{Key, Object};
 pub(crate) use visible::{Event, EventKind, Expired, Feed, Listed};
 
@@ -199,6 +199,11 @@ impl Store {
     /// All objects of a resource as they were at an earlier revision.
     pub(crate) fn list_at(&self, resource: &str, namespace: Option<&str>, revision: u64) -> Result<Listed, Expired> {
         self.shared().visible().list_at(resource, namespace, revision)
+    }
+
+    /// Every object of every resource.
+    pub(crate) fn everything(&self) -> Vec<Arc<Object>> {
+        self.shared().visible().everything()
     }
 
     /// How many objects a resource has.

@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::accept::Shape;
 use super::{Call, encode, respond};
-use crate::kinds::{self, Resource};
+use crate::kinds::Resource;
 use crate::selector::{FieldSelector, LabelSelector};
 use crate::server::storage_name;
 use crate::status::{Cause, Status};
@@ -31,7 +31,7 @@ impl Selection {
     pub(super) fn of(call: &Call) -> Result<Self, Status> {
         let labels = call.query.get("labelSelector").map(LabelSelector::parse).transpose()?;
         let fields = call.query.get("fieldSelector").map(|text| FieldSelector::parse(&call.resource, text)).transpose()?;
-        let digested = !call.resource.custom || fields.as_ref().is_none_or(FieldSelector::is_metadata_only);
+        let digested = !call.resource.is_custom() || fields.as_ref().is_none_or(FieldSelector::is_metadata_only);
         Ok(Self { labels, fields, digested })
     }
 
@@ -220,7 +220,7 @@ fn listed(call: &Call, token: Option<&Continue>) -> Result<Listed, Status> {
 
 fn answer(call: &Call, shape: Shape, meta: Value, page: &[&Arc<Object>]) -> Result<Response<Body>, Status> {
     if shape == Shape::Object {
-        return Ok(respond::json_bytes(StatusCode::OK, list_bytes(&call.resource, &meta, page).freeze()));
+        return Ok(respond::json_bytes(StatusCode::OK, list_bytes(&call.shown, &meta, page).freeze()));
     }
     let values: Vec<Value> = page.iter().map(|object| respond::view(&call.resource, object)).collect();
     let shaped = if shape == Shape::Table {
@@ -246,13 +246,11 @@ pub(super) fn list_bytes(resource: &Resource, meta: &Value, page: &[&Arc<Object>
         if index > 0 {
             out.put_u8(b',');
         }
-        if resource.custom {
+        if resource.is_custom() {
             // Items of custom kinds keep their type.
             out.extend_from_slice(&respond::view_bytes(resource, object));
         } else if respond::needs_view(resource) {
-            let mut value = object.value();
-            kinds::present(resource, &mut value);
-            encode::put_item(&mut out, &respond::serialise(&value));
+            encode::put_item(&mut out, &respond::view_bytes(resource, object));
         } else {
             encode::put_item(&mut out, object.bytes());
         }

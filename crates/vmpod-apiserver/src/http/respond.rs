@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::Call;
 use super::accept::Shape;
+use crate::events;
 use crate::kinds::{self, Resource};
 use crate::status::Status;
 use crate::store::Object;
@@ -67,13 +68,15 @@ pub(super) fn warn(response: &mut Response<Body>, warnings: &[String]) {
 
 /// Whether the stored form differs from the one of this kind.
 pub(super) fn needs_view(resource: &Resource) -> bool {
-    resource.custom || resource.group == "events.k8s.io"
+    resource.is_custom() || resource.group == events::GROUP
 }
 
 /// The object as this kind shows it.
 pub(super) fn view(resource: &Resource, object: &Object) -> Value {
     let mut value = object.value();
-    if needs_view(resource) {
+    if resource.group == events::GROUP {
+        events::to_new(&mut value);
+    } else if resource.is_custom() {
         kinds::present(resource, &mut value);
     }
     value
@@ -87,7 +90,7 @@ pub(super) fn view_bytes(resource: &Resource, object: &Object) -> Bytes {
 /// One object in the shape asked for.
 pub(super) fn object(call: &Call, code: StatusCode, object: &Object) -> Result<Response<Body>, Status> {
     match call.shape()? {
-        Shape::Object => Ok(json_bytes(code, view_bytes(&call.resource, object))),
+        Shape::Object => Ok(json_bytes(code, view_bytes(&call.shown, object))),
         _ => value(call, code, &view(&call.resource, object)),
     }
 }
@@ -95,6 +98,11 @@ pub(super) fn object(call: &Call, code: StatusCode, object: &Object) -> Result<R
 /// One object that may not be stored (a dry run's) in the shape asked for.
 pub(super) fn value(call: &Call, code: StatusCode, value: &Value) -> Result<Response<Body>, Status> {
     let shaped = match call.shape()? {
+        Shape::Object if call.shown.group == events::GROUP => {
+            let mut shown = value.clone();
+            events::to_new(&mut shown);
+            return Ok(json_value(code, &shown));
+        }
         Shape::Object => return Ok(json_value(code, value)),
         Shape::Partial => table::partial(value),
         Shape::Table => {

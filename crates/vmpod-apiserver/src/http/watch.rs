@@ -114,7 +114,7 @@ struct Plan {
 /// `GET` of a collection with `watch=true`.
 pub(super) fn start(call: &Call) -> Result<Response<Body>, Status> {
     let lens = Lens {
-        resource: call.resource.clone(),
+        resource: if call.shape()? == Shape::Table { call.resource.clone() } else { call.shown.clone() },
         selection: Selection::of(call)?,
         shape: call.shape()?,
         include: IncludeObject::parse(call.query.get("includeObject"))?,

@@ -135,6 +135,10 @@ impl Visible {
         self.objects.get(&key.resource)?.get(&place(key)).cloned()
     }
 
+    pub(super) fn everything(&self) -> Vec<Arc<Object>> {
+        self.objects.values().flat_map(BTreeMap::values).cloned().collect()
+    }
+
     pub(super) fn count(&self, resource: &str) -> usize {
         self.objects.get(resource).map_or(0, BTreeMap::len)
     }

@@ -1,0 +1,142 @@
+//! Certificate signing requests: kubelets' are approved and signed, others wait for a person.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use x509_parser::prelude::FromDer as _;
+
+use crate::pki::Usage;
+use crate::server::Server;
+use crate::status::Status;
+use crate::store::{Change, EventKind, Object};
+
+/// The storage name of the requests.
+pub(crate) const CSRS: &str = "certificatesigningrequests.certificates.k8s.io";
+const KUBELET_CLIENT: &str = "kubernetes.io/kube-apiserver-client-kubelet";
+const KUBELET_SERVING: &str = "kubernetes.io/kubelet-serving";
+const CLIENT: &str = "kubernetes.io/kube-apiserver-client";
+
+/// Approves and signs requests until `stop` is cancelled.
+pub(crate) async fn run(server: Arc<Server>, stop: CancellationToken) {
+    loop {
+        let (listed, mut feed) = server.store.list_and_watch(CSRS, None);
+        for object in &listed.objects {
+            step(&server, object).await;
+        }
+        loop {
+            let event = tokio::select! {
+                () = stop.cancelled() => return,
+                event = feed.events.recv() => event,
+            };
+            let Some(event) = event else { break };
+            if event.kind == EventKind::Put {
+                step(&server, &event.object).await;
+            }
+        }
+    }
+}
+
+async fn step(server: &Server, object: &Object) {
+    let result: Result<_, Status> = server
+        .store
+        .mutate(object.key(), None, |old, _| {
+            let old = old.ok_or_else(Status::no_route)?;
+            Ok(plan(server, &old.value(), jiff::Timestamp::now()).map_or(Change::Keep, Change::Put))
+        })
+        .await;
+    if let Err(status) = result
+        && status.code != 404
+    {
+        tracing::warn!(request = %object.key().name, error = %status, "a certificate signing request is not answered");
+    }
+}
+
+fn has(csr: &Value, kind: &str) -> bool {
+    csr["status"]["conditions"].as_array().is_some_and(|list| list.iter().any(|one| one["type"] == kind && one["status"] != "False"))
+}
+
+/// The request with the next thing done to it, if there is one.
+fn plan(server: &Server, csr: &Value, now: jiff::Timestamp) -> Option<Value> {
+    if has(csr, "Denied") || has(csr, "Failed") || csr["status"]["certificate"].is_string() {
+        return None;
+    }
+    let signer = csr["spec"]["signerName"].as_str()?;
+    let mut next = csr.clone();
+    let mut changed = false;
+    if !has(csr, "Approved") {
+        if signer != KUBELET_CLIENT || !own_identity(csr) {
+            return None;
+        }
+        add_condition(&mut next, "Approved", "AutoApproved", "Auto approving kubelet client certificate after SubjectAccessReview.", now);
+        changed = true;
+    }
+    let usage = match signer {
+        KUBELET_CLIENT | CLIENT => Usage::Client,
+        KUBELET_SERVING => Usage::Server,
+        // Somebody else's to sign.
+        _ => return changed.then_some(next),
+    };
+    let life = csr["spec"]["expirationSeconds"].as_u64().map(Duration::from_secs);
+    match signed(server, csr, signer, usage, life) {
+        Ok(pem) => next["status"]["certificate"] = STANDARD.encode(pem).into(),
+        Err(why) => add_condition(&mut next, "Failed", "SignerValidationFailure", &why, now),
+    }
+    Some(next)
+}
+
+fn add_condition(csr: &mut Value, kind: &str, reason: &str, message: &str, now: jiff::Timestamp) {
+    let now = crate::time::seconds(now);
+    let condition = json!({
+        "type": kind, "status": "True", "reason": reason, "message": message, "lastUpdateTime": now, "lastTransitionTime": now,
+    });
+    match csr["status"]["conditions"].as_array_mut() {
+        Some(list) => list.push(condition),
+        None => csr["status"]["conditions"] = json!([condition]),
+    }
+}
+
+fn request_pem(csr: &Value) -> Option<String> {
+    String::from_utf8(STANDARD.decode(csr["spec"]["request"].as_str()?).ok()?).ok()
+}
+
+/// The subject of a request: common name and organisations.
+fn subject(pem: &str) -> Option<(String, Vec<String>)> {
+    let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).ok()?;
+    let (_, request) = x509_parser::certification_request::X509CertificationRequest::from_der(&pem.contents).ok()?;
+    let name = &request.certification_request_info.subject;
+    let user = name.iter_common_name().next()?.as_str().ok()?.to_owned();
+    Some((user, name.iter_organization().filter_map(|one| one.as_str().ok().map(str::to_owned)).collect()))
+}
+
+fn is_node(subject: &(String, Vec<String>)) -> bool {
+    subject.0.starts_with("system:node:") && subject.1 == [crate::identity::NODES]
+}
+
+/// Whether a node asks for its own certificate, or a bootstrapping host for its first.
+fn own_identity(csr: &Value) -> bool {
+    let Some(subject) = request_pem(csr).and_then(|pem| subject(&pem)) else { return false };
+    let user = csr["spec"]["username"].as_str().unwrap_or_default();
+    let groups: Vec<&str> = csr["spec"]["groups"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let bootstrapping = groups.contains(&"system:bootstrappers");
+    is_node(&subject) && (user == subject.0 || bootstrapping)
+}
+
+fn signed(server: &Server, csr: &Value, signer: &str, usage: Usage, life: Option<Duration>) -> Result<String, String> {
+    let pem = request_pem(csr).ok_or("the request is not PEM")?;
+    let subject = subject(&pem).ok_or("the request's subject can't be read")?;
+    let kubelet = matches!(signer, KUBELET_CLIENT | KUBELET_SERVING);
+    if kubelet && !is_node(&subject) {
+        return Err("subject must be system:node:NAME in the organization system:nodes".into());
+    }
+    if signer == KUBELET_SERVING && csr["spec"]["username"].as_str() != Some(subject.0.as_str()) {
+        return Err("a kubelet serving certificate is only for the node itself".into());
+    }
+    if !kubelet && subject.1.iter().any(|group| group == crate::identity::MASTERS) {
+        return Err("system:masters is not given by a signing request".into());
+    }
+    server.pki.sign(&pem, usage, life).map_err(|error| error.to_string())
+}
