@@ -1,51 +1,429 @@
 //! The agent as a whole.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
-use tokio::sync::watch;
+use futures::StreamExt as _;
+use jiff::SignedDuration;
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::json;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
+use vmpod_machine::{Adopted, FaultPoints, MachineError, MachineId};
 
-use crate::{Options, server::Runtime};
+use crate::{
+    Options,
+    agent::Agent,
+    error_chain,
+    events::{Events, Kind},
+    host::Host,
+    plan::MachineSeen,
+    pod::{PodUid, Requests},
+    record::{Kept, Record, RecordError, Records},
+    registration::{self, Profile},
+    server::{self, Runtime, tls},
+    source::{self, Change},
+    worker::{self, Beginning},
+    world::{Ledger, Wanted, World},
+};
 
 /// Why the agent couldn't start, or had to stop.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
-    /// A part that isn't there yet.
-    #[error("{0} is not built yet")]
-    NotBuilt(&'static str),
+    /// The agent's own files.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The machines couldn't be looked at.
+    #[error("could not take over the machines of an earlier agent")]
+    Adopt(#[source] MachineError),
+    /// The kubelet API's address.
+    #[error("could not listen for the kubelet API on {address}: is another agent running, or the port in use?")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The kubelet API's certificates.
+    #[error("could not set up the kubelet API")]
+    Tls(#[from] tls::TlsError),
+    /// The kubelet API ended.
+    #[error("the kubelet API failed")]
+    Server(#[source] io::Error),
 }
 
 /// The agent. [`open`](Self::open) adopts what an earlier one left; [`run`](Self::run) does the work.
-pub struct Node {}
+pub struct Node {
+    world: Arc<World>,
+    profile: Profile,
+    listener: Option<(TcpListener, tls::Serving)>,
+    keep_vms: bool,
+    shutdown_grace: Duration,
+    left: Left,
+    ready: watch::Sender<bool>,
+}
+
+/// What an earlier agent left, to be matched with the API's first list.
+#[derive(Default)]
+struct Left {
+    records: HashMap<PodUid, Record>,
+    /// Directories without a usable record.
+    damaged: Vec<PodUid>,
+    machines: Vec<(MachineId, Adopted)>,
+}
 
 impl Node {
     /// Opens the agent's state, adopts the machines found there and binds the kubelet API.
     pub async fn open(options: Options) -> Result<Self, NodeError> {
-        drop(options);
-        Err(NodeError::NotBuilt("the agent"))
+        Self::open_with_faults(options, FaultPoints::default()).await
+    }
+
+    /// The same, with points at which a test may let the agent die.
+    pub async fn open_with_faults(options: Options, faults: FaultPoints) -> Result<Self, NodeError> {
+        let records = Records::open(&options.dir)?;
+        let listener = match &options.kubelet {
+            None => None,
+            Some(kubelet) => {
+                let pem = tls::Pem {
+                    cert: kubelet.cert_pem.clone(),
+                    key: kubelet.key_pem.clone(),
+                    client_ca: Some(kubelet.client_ca_pem.clone()).filter(|pem| !pem.is_empty()),
+                };
+                let serving = tls::Serving::new(&pem)?;
+                let listen = |source| NodeError::Listen { address: kubelet.listen, source };
+                Some((TcpListener::bind(kubelet.listen).await.map_err(listen)?, serving))
+            }
+        };
+        let mut left = Left { machines: options.machines.adopt().await.map_err(NodeError::Adopt)?, ..Left::default() };
+        for (uid, kept) in records.load()? {
+            match kept {
+                Kept::Record(record) => {
+                    left.records.insert(uid, *record);
+                }
+                Kept::Damaged(why) => {
+                    tracing::warn!(pod = %uid, why, "a pod's record is damaged: what is left of it will be removed");
+                    left.damaged.push(uid);
+                }
+            }
+        }
+        let capacity = options.capacity;
+        let allocatable = Requests {
+            millicpus: capacity.allocatable_millicpus(),
+            memory: capacity.allocatable_memory(),
+            ephemeral: capacity.ephemeral_bytes,
+        };
+        let port = listener.as_ref().and_then(|(listener, _)| listener.local_addr().ok()).map(|address| address.port());
+        let profile = Profile {
+            name: options.name.clone(),
+            address: options.address,
+            kubelet_port: port,
+            capacity,
+            labels: options.labels,
+            taints: options.taints,
+            host: Host::read(),
+            hypervisor: options.machines.hypervisor().to_owned(),
+            features: Vec::new(),
+        };
+        let world = Arc::new(World {
+            events: Events::start(options.client.clone(), options.name.clone()),
+            name: options.name,
+            address: options.address,
+            client: options.client,
+            store: options.store,
+            machines: options.machines,
+            accel: options.accel,
+            defaults: options.defaults,
+            registries: options.registries,
+            records,
+            faults,
+            low_ports: rustix::process::geteuid().is_root(),
+            ledger: Ledger::new(allocatable, capacity.pods),
+            pods: Mutex::default(),
+        });
+        Ok(Self {
+            world,
+            profile,
+            listener,
+            keep_vms: options.keep_vms,
+            shutdown_grace: options.shutdown_grace,
+            left,
+            ready: watch::Sender::new(false),
+        })
     }
 
     /// Becomes true when the Node is registered and the first complete set of pods was seen.
     #[must_use]
     pub fn ready(&self) -> watch::Receiver<bool> {
-        watch::channel(false).1
+        self.ready.subscribe()
     }
 
     /// Where the kubelet API listens.
     #[must_use]
     pub fn kubelet_address(&self) -> Option<SocketAddr> {
-        None
+        self.listener.as_ref()?.0.local_addr().ok()
     }
 
     /// The way to pods for callers in this process: what the kubelet API serves.
     #[must_use]
-    pub fn runtime(&self) -> Option<Arc<dyn Runtime>> {
-        None
+    pub fn runtime(&self) -> Arc<dyn Runtime> {
+        Arc::new(Agent { world: Arc::clone(&self.world) })
     }
 
     /// Works until `stop` is cancelled, then stops the pods' machines unless they are to be kept.
-    pub async fn run(self, stop: CancellationToken) -> Result<(), NodeError> {
-        stop.cancelled().await;
-        Ok(())
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), NodeError> {
+        let runtime = self.runtime();
+        let mut tasks = JoinSet::new();
+        let (serving_stop, mut server_failed) = (CancellationToken::new(), watch::channel(None).1);
+        let mut server = None;
+        if let Some((listener, serving)) = self.listener.take() {
+            let config = json!({"node": self.profile.name, "pods": self.profile.capacity.pods});
+            let options = server::Options { node: self.profile.name.clone(), client: self.world.client.clone(), serving, runtime, config };
+            let (failed, receiver) = watch::channel(None);
+            server_failed = receiver;
+            let until = serving_stop.clone();
+            server = Some(tokio::spawn(async move {
+                if let Err(error) = server::Server::new(options).serve(listener, until).await {
+                    failed.send_replace(Some(error.to_string()));
+                }
+                // A server that ended in order is no failure: its sender stays until the agent ends.
+                failed
+            }));
+        }
+        let registered = tokio::select! {
+            node = self.register() => node,
+            () = stop.cancelled() => return Ok(()),
+        };
+        let world = Arc::clone(&self.world);
+        world.ledger.set_node(Arc::new(registered.clone()));
+        world.events.node(&registered, Kind::Normal, "Starting", "Starting vmpod node agent.");
+        let keeper = Arc::clone(&world);
+        tasks.spawn(registration::keep_status(
+            world.client.clone(),
+            self.profile.clone(),
+            world.store.clone(),
+            registered.clone(),
+            move |node| keeper.ledger.set_node(node),
+        ));
+        tasks.spawn(registration::keep_lease(world.client.clone(), registered));
+        let (changes, mut pods) = mpsc::channel(64);
+        let (client, name) = (world.client.clone(), world.name.clone());
+        tasks.spawn(async move { source::run(client, &name, changes).await });
+
+        let mut first = true;
+        let result = loop {
+            tokio::select! {
+                () = stop.cancelled() => break Ok(()),
+                change = pods.recv() => {
+                    let Some(change) = change else { break Ok(()) };
+                    if let (true, Change::All(all)) = (first, &change) {
+                        first = false;
+                        self.take_over(all).await;
+                        self.ready.send_replace(true);
+                    } else {
+                        self.take(change);
+                    }
+                }
+                Ok(failed) = server_failed.wait_for(Option::is_some) => {
+                    let why = failed.clone().unwrap_or_default();
+                    break Err(NodeError::Server(io::Error::other(why)));
+                }
+            }
+        };
+        if !self.keep_vms && !first {
+            self.stop_machines(&mut pods).await;
+        }
+        tasks.shutdown().await;
+        serving_stop.cancel();
+        if let Some(server) = server {
+            server.await.ok();
+        }
+        for handle in self.world.pods().values() {
+            handle.task.abort();
+        }
+        result
+    }
+
+    /// Registers, for as long as it takes.
+    async fn register(&self) -> k8s_openapi::api::core::v1::Node {
+        let mut wait = Duration::from_millis(200);
+        loop {
+            match registration::register(&self.world.client, &self.profile, &self.world.store).await {
+                Ok(node) => return node,
+                Err(error) => tracing::warn!(error = error_chain(&error), "the Node can't be registered; trying again in {wait:?}"),
+            }
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_secs(10));
+        }
+    }
+
+    /// Matches what an earlier agent left with the first whole list: only now is it known what nobody wants any more.
+    async fn take_over(&mut self, all: &BTreeMap<PodUid, Arc<Pod>>) {
+        let left = std::mem::take(&mut self.left);
+        let current: HashMap<MachineId, PodUid> =
+            left.records.values().filter_map(|record| Some((record.machine()?, record.uid.clone()))).collect();
+        let mut residues: HashMap<PodUid, MachineSeen> = HashMap::new();
+        let mut orphans = Vec::new();
+        for (id, adopted) in &left.machines {
+            match current.get(id) {
+                Some(uid) => {
+                    residues.insert(uid.clone(), self.residue(id, adopted));
+                }
+                // A pod's machine that no record speaks of. Machines that people made are left alone.
+                None if PodUid::of_machine(id).is_some() => orphans.push(id.clone()),
+                None => {}
+            }
+        }
+        let present: HashSet<_> = left.machines.iter().map(|(id, _)| id.clone()).filter(|id| !orphans.contains(id)).collect();
+        futures::stream::iter(orphans).for_each_concurrent(8, |id| self.remove_orphan(id)).await;
+        for uid in &left.damaged {
+            if let Err(error) = self.world.records.forget(uid) {
+                tracing::warn!(pod = %uid, error = error_chain(&error), "can't remove what is left of the pod");
+            }
+        }
+        self.release_holders(present).await;
+        for record in left.records.values().filter(|record| record.terminal.is_none()) {
+            if let Some(pod) = all.get(&record.uid) {
+                self.world.ledger.restore(&record.uid, pod, record.address);
+            }
+        }
+        for (uid, record) in left.records {
+            let wanted = Wanted { pod: all.get(&uid).cloned(), agent_stops: None };
+            let residue = residues.remove(&uid).unwrap_or_default();
+            self.begin(Beginning { uid, wanted, record: Some(record), residue });
+        }
+        // As the kubelet: older pods are admitted first.
+        let mut new: Vec<_> = all.iter().filter(|(uid, _)| !self.world.pods().contains_key(*uid)).collect();
+        new.sort_by_key(|(uid, pod)| (pod.metadata.creation_timestamp.clone(), (*uid).clone()));
+        for (uid, pod) in new {
+            self.take(Change::Set(uid.clone(), Arc::clone(pod)));
+        }
+    }
+
+    /// What is on disk of a machine that isn't known.
+    fn residue(&self, id: &MachineId, adopted: &Adopted) -> MachineSeen {
+        match adopted {
+            Adopted::Broken(why) => {
+                let unfinished = self.world.machines.directory(id).is_ok_and(|dir| !dir.spec().exists());
+                if unfinished { MachineSeen::Unfinished } else { MachineSeen::Broken(why.clone()) }
+            }
+            Adopted::Prepared | Adopted::Running | Adopted::Stopped(_) => MachineSeen::Absent,
+        }
+    }
+
+    async fn remove_orphan(&self, id: MachineId) {
+        tracing::info!(machine = %id, "no pod has this machine any more: removing it");
+        let mut wait = Duration::from_secs(1);
+        while let Err(error) = self.world.machines.remove(&id, true).await {
+            tracing::warn!(machine = %id, error = error_chain(&error), "can't remove the machine; trying again");
+            tokio::time::sleep(wait).await;
+            wait = (wait * 2).min(Duration::from_secs(30));
+        }
+        self.world.faults.hit("node: orphan removed").await;
+    }
+
+    /// Lets go of images whose machines are gone.
+    async fn release_holders(&self, present: HashSet<MachineId>) {
+        let world = Arc::clone(&self.world);
+        let released = tokio::task::spawn_blocking(move || {
+            for holder in world.store.holders()? {
+                let Ok(id) = MachineId::parse(holder.name.clone()) else { continue };
+                if PodUid::of_machine(&id).is_some() && !present.contains(&id) {
+                    world.store.release(&holder.name)?;
+                }
+            }
+            Ok::<_, vmpod_image::StoreError>(())
+        });
+        match released.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = error_chain(&error), "images can't be let go"),
+            Err(error) => tracing::warn!(%error, "images can't be let go"),
+        }
+    }
+
+    fn begin(&self, beginning: Beginning) {
+        let uid = beginning.uid.clone();
+        let mut pods = self.world.pods();
+        let handle = worker::start(&self.world, beginning);
+        pods.insert(uid, handle);
+    }
+
+    fn take(&self, change: Change) {
+        match change {
+            Change::Set(uid, pod) => {
+                let known = {
+                    let pods = self.world.pods();
+                    pods.get(&uid).map(|handle| handle.wanted.send_modify(|wanted| wanted.pod = Some(Arc::clone(&pod)))).is_some()
+                };
+                if !known {
+                    let wanted = Wanted { pod: Some(pod), agent_stops: None };
+                    self.begin(Beginning { uid, wanted, record: None, residue: MachineSeen::Absent });
+                }
+            }
+            Change::Gone(uid) => {
+                if let Some(handle) = self.world.pods().get(&uid) {
+                    handle.wanted.send_modify(|wanted| wanted.pod = None);
+                }
+            }
+            Change::All(all) => {
+                let gone: Vec<_> = self.world.pods().keys().filter(|uid| !all.contains_key(*uid)).cloned().collect();
+                for uid in gone {
+                    self.take(Change::Gone(uid));
+                }
+                for (uid, pod) in all {
+                    self.take(Change::Set(uid, pod));
+                }
+            }
+        }
+    }
+
+    /// Stops every machine, and lets the API know how things ended.
+    async fn stop_machines(&self, pods: &mut mpsc::Receiver<Change>) {
+        if let Err(error) = registration::say_goodbye(&self.world.client, &self.profile, &self.world.store).await {
+            tracing::debug!(error = error_chain(&error), "the Node's last status can't be written");
+        }
+        let grace = SignedDuration::try_from(self.shutdown_grace).unwrap_or(SignedDuration::from_secs(30));
+        let views: Vec<_> = {
+            let pods = self.world.pods();
+            for handle in pods.values() {
+                handle.wanted.send_modify(|wanted| wanted.agent_stops = Some(grace));
+            }
+            pods.values().map(|handle| handle.view.clone()).collect()
+        };
+        let quiet = async {
+            for mut view in views {
+                // A worker that is over is quiet as well.
+                view.wait_for(|view| view.quiet).await.ok();
+            }
+            // The last statuses are on their way.
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        };
+        let limit = self.shutdown_grace + Duration::from_secs(10);
+        let all = tokio::time::timeout(limit, async {
+            let mut quiet = std::pin::pin!(quiet);
+            loop {
+                tokio::select! {
+                    () = &mut quiet => return,
+                    // Deletions that arrive meanwhile are still taken; new pods aren't.
+                    Some(change) = pods.recv() => match change {
+                        Change::Set(uid, pod) if self.world.pods().contains_key(&uid) => self.take(Change::Set(uid, pod)),
+                        Change::Gone(uid) => self.take(Change::Gone(uid)),
+                        _ => {}
+                    },
+                }
+            }
+        });
+        if all.await.is_err() {
+            tracing::warn!("some machines did not stop in time; the next agent finds them");
+        }
     }
 }

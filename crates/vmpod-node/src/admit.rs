@@ -1,0 +1,282 @@
+//! Whether a pod may run here at all.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Volume};
+
+use vmpod_api::annotations;
+
+use crate::pod::{self, Requests};
+
+/// Why a pod is refused: its status gets phase Failed with these.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+}
+
+impl Refusal {
+    fn new(reason: &'static str, message: impl Into<String>) -> Self {
+        Self { reason, message: message.into() }
+    }
+}
+
+/// What the node has.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Room {
+    pub(crate) allocatable: Requests,
+    pub(crate) pods: u32,
+    /// What the admitted pods ask for, and how many they are.
+    pub(crate) used: Requests,
+    pub(crate) admitted: u32,
+}
+
+/// Decides by what the pod itself asks of a node agent like this one.
+pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
+    let Some(spec) = pod::spec(pod) else {
+        return Err(Refusal::new("InvalidPod", "The Pod has no spec"));
+    };
+    if spec.containers.len() > 1 || spec.init_containers.as_ref().is_some_and(|list| !list.is_empty()) {
+        return Err(Refusal::new(
+            "SidecarsUnsupported",
+            "This node runs Pods of one container, which is the virtual machine: sidecars and init containers are not supported yet",
+        ));
+    }
+    for volume in spec.volumes.iter().flatten() {
+        if !is_token(volume) {
+            return Err(Refusal::new(
+                "VolumesUnsupported",
+                format!("Volume {:?} is not supported yet on this node: only the service account token's is accepted (and not mounted)", volume.name),
+            ));
+        }
+    }
+    if let Some(container) = spec.containers.first() {
+        let unsupported = [
+            ("a startup probe", container.startup_probe.is_some()),
+            ("a liveness probe", container.liveness_probe.is_some()),
+            ("a readiness probe", container.readiness_probe.is_some()),
+            ("lifecycle hooks", container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some() || l.pre_stop.is_some())),
+            ("volume devices", container.volume_devices.as_ref().is_some_and(|v| !v.is_empty())),
+        ];
+        if let Some((what, _)) = unsupported.iter().find(|(_, asked)| *asked) {
+            return Err(Refusal::new(
+                "FieldUnsupported",
+                format!("Container {:?} asks for {what}, which this node does not support yet", container.name),
+            ));
+        }
+    }
+    if spec.host_network == Some(true) {
+        return Err(Refusal::new("FieldUnsupported", "hostNetwork makes no sense for a virtual machine: it has a network of its own"));
+    }
+    match pod::annotation(pod, annotations::NETWORK) {
+        None | Some("user") => {}
+        Some(other) => {
+            return Err(Refusal::new(
+                "NetworkUnsupported",
+                format!("Annotation {}={other:?}: only \"user\" is supported yet", annotations::NETWORK),
+            ));
+        }
+    }
+    match pod::annotation(pod, annotations::START) {
+        None | Some("auto" | "boot") => {}
+        Some(other) => {
+            return Err(Refusal::new(
+                "StartUnsupported",
+                format!("Annotation {}={other:?}: only \"auto\" and \"boot\" are supported yet", annotations::START),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Decides by the node's labels and what is left of it, with the kubelet's reasons and wording.
+pub(crate) fn fits(pod: &Pod, labels: &BTreeMap<String, String>, node: &str, room: &Room) -> Result<(), Refusal> {
+    if room.admitted + 1 > room.pods {
+        return Err(out_of("OutOfpods", "pods", 1, u64::from(room.admitted), u64::from(room.pods)));
+    }
+    let asked = Requests::of(pod);
+    let (used, all) = (room.used, room.allocatable);
+    if asked.millicpus > 0 && used.millicpus.saturating_add(asked.millicpus) > all.millicpus {
+        return Err(out_of("OutOfcpu", "cpu", asked.millicpus, used.millicpus, all.millicpus));
+    }
+    if asked.memory > 0 && used.memory.saturating_add(asked.memory) > all.memory {
+        return Err(out_of("OutOfmemory", "memory", asked.memory, used.memory, all.memory));
+    }
+    if asked.ephemeral > 0 && used.ephemeral.saturating_add(asked.ephemeral) > all.ephemeral {
+        return Err(out_of("OutOfephemeral-storage", "ephemeral-storage", asked.ephemeral, used.ephemeral, all.ephemeral));
+    }
+    if !selected(pod, labels, node) {
+        return Err(Refusal::new("NodeAffinity", "Predicate NodeAffinity failed"));
+    }
+    if let Some(os) = pod::spec(pod).and_then(|spec| spec.os.as_ref())
+        && labels.get("kubernetes.io/os").is_some_and(|label| *label != os.name)
+    {
+        return Err(Refusal::new(
+            "PodOSNotSupported",
+            format!("Failed to admit pod as the OS field doesn't match node OS: {:?}", os.name),
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the pod tolerates the node's `NoExecute` taints; the kubelet checks no others.
+pub(crate) fn tolerates(pod: &Pod, node: &Node) -> Result<(), Refusal> {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    let tolerations = pod::spec(pod).and_then(|spec| spec.tolerations.as_deref()).unwrap_or_default();
+    let tolerated = |taint: &Taint| {
+        tolerations.iter().any(|t| {
+            t.effect.as_deref().is_none_or(|effect| effect.is_empty() || effect == taint.effect)
+                && match t.operator.as_deref() {
+                    Some("Exists") => t.key.as_deref().is_none_or(|key| key.is_empty() || key == taint.key),
+                    _ => t.key.as_deref() == Some(&taint.key) && t.value.as_deref().unwrap_or("") == taint.value.as_deref().unwrap_or(""),
+                }
+        })
+    };
+    match taints.iter().find(|taint| taint.effect == "NoExecute" && !tolerated(taint)) {
+        None => Ok(()),
+        Some(_) => Err(Refusal::new("TaintToleration", "Predicate TaintToleration failed")),
+    }
+}
+
+fn out_of(reason: &'static str, name: &str, requested: u64, used: u64, capacity: u64) -> Refusal {
+    Refusal::new(
+        reason,
+        format!("Node didn't have enough resource: {name}, requested: {requested}, used: {used}, capacity: {capacity}"),
+    )
+}
+
+/// The projected volume that the `ServiceAccount` admission adds to every pod of a real cluster.
+fn is_token(volume: &Volume) -> bool {
+    volume.name.starts_with("kube-api-access-") && volume.projected.is_some()
+}
+
+fn selected(pod: &Pod, labels: &BTreeMap<String, String>, node: &str) -> bool {
+    let Some(spec) = pod::spec(pod) else { return true };
+    if !pod::entries(spec.node_selector.as_ref()).all(|(key, value)| labels.get(key) == Some(value)) {
+        return false;
+    }
+    let required = spec
+        .affinity
+        .as_ref()
+        .and_then(|affinity| affinity.node_affinity.as_ref())
+        .and_then(|affinity| affinity.required_during_scheduling_ignored_during_execution.as_ref());
+    required.is_none_or(|selector| selector.node_selector_terms.iter().any(|term| term_matches(term, labels, node)))
+}
+
+fn term_matches(term: &NodeSelectorTerm, labels: &BTreeMap<String, String>, node: &str) -> bool {
+    let expressions = term.match_expressions.as_deref().unwrap_or_default();
+    let fields = term.match_fields.as_deref().unwrap_or_default();
+    // An empty term matches nothing.
+    !(expressions.is_empty() && fields.is_empty())
+        && expressions.iter().all(|e| requirement(e, labels.get(&e.key).map(String::as_str)))
+        && fields.iter().all(|e| e.key == "metadata.name" && requirement(e, Some(node)))
+}
+
+fn requirement(wanted: &NodeSelectorRequirement, value: Option<&str>) -> bool {
+    let values = wanted.values.as_deref().unwrap_or_default();
+    let among = |value: &str| values.iter().any(|v| v == value);
+    let number = |text: &str| text.parse::<i64>().ok();
+    match wanted.operator.as_str() {
+        "In" => value.is_some_and(among),
+        "NotIn" => !value.is_some_and(among),
+        "Exists" => value.is_some(),
+        "DoesNotExist" => value.is_none(),
+        "Gt" | "Lt" => match (value.and_then(number), values.first().and_then(|v| number(v))) {
+            (Some(have), Some(limit)) => if wanted.operator == "Gt" { have > limit } else { have < limit },
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn pod(spec: Value) -> Pod {
+        serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": spec})).unwrap()
+    }
+
+    fn reason(result: Result<(), Refusal>) -> Option<&'static str> {
+        result.err().map(|refusal| refusal.reason)
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        let container = json!({"name": "vm"});
+        assert_eq!(supported(&pod(json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "projected": {"sources": []}}]}))), Ok(()));
+        for (spec, want) in [
+            (json!({"containers": [container, {"name": "side"}]}), "SidecarsUnsupported"),
+            (json!({"containers": [container], "initContainers": [{"name": "init"}]}), "SidecarsUnsupported"),
+            (json!({"containers": [container], "volumes": [{"name": "data", "emptyDir": {}}]}), "VolumesUnsupported"),
+            (json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "hostPath": {"path": "/"}}]}), "VolumesUnsupported"),
+            (json!({"containers": [{"name": "vm", "livenessProbe": {"tcpSocket": {"port": 22}}}]}), "FieldUnsupported"),
+            (json!({"containers": [container], "hostNetwork": true}), "FieldUnsupported"),
+        ] {
+            assert_eq!(reason(supported(&pod(spec.clone()))), Some(want), "{spec}");
+        }
+    }
+
+    #[test]
+    fn the_node_is_never_filled_beyond_what_it_has() {
+        let room = Room {
+            allocatable: Requests { millicpus: 2000, memory: 1000, ephemeral: 10 },
+            pods: 2,
+            used: Requests { millicpus: 1500, memory: 600, ephemeral: 0 },
+            admitted: 1,
+        };
+        let asks = |requests: Value| pod(json!({"containers": [{"name": "vm", "resources": {"requests": requests}}]}));
+        let none = BTreeMap::new();
+        for (requests, want) in [
+            (json!({"cpu": "500m", "memory": "400"}), None),
+            (json!({"cpu": "501m"}), Some("OutOfcpu")),
+            (json!({"memory": "401"}), Some("OutOfmemory")),
+            (json!({"ephemeral-storage": "11"}), Some("OutOfephemeral-storage")),
+            (json!({}), None),
+        ] {
+            assert_eq!(reason(fits(&asks(requests.clone()), &none, "n", &room)), want, "{requests}");
+        }
+        let full = Room { admitted: 2, ..room.clone() };
+        assert_eq!(reason(fits(&asks(json!({})), &none, "n", &full)), Some("OutOfpods"));
+        // A pod that asks for nothing fits even where nothing is left.
+        let used_up = Room { used: room.allocatable, ..room };
+        assert_eq!(reason(fits(&asks(json!({})), &none, "n", &used_up)), None);
+        assert_eq!(
+            fits(&asks(json!({"memory": "1"})), &none, "n", &used_up).unwrap_err().message,
+            "Node didn't have enough resource: memory, requested: 1, used: 1000, capacity: 1000"
+        );
+    }
+
+    #[test]
+    fn selectors_and_affinity_are_checked_again() {
+        let labels = BTreeMap::from([("zone".to_owned(), "a".to_owned()), ("cores".to_owned(), "8".to_owned())]);
+        let room = Room { pods: 10, ..Room::default() };
+        let affinity = |terms: Value| {
+            json!({"containers": [], "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}})
+        };
+        for (spec, fine) in [
+            (json!({"containers": [], "nodeSelector": {"zone": "a"}}), true),
+            (json!({"containers": [], "nodeSelector": {"zone": "b"}}), false),
+            (affinity(json!([{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a", "b"]}]}])), true),
+            (affinity(json!([{"matchExpressions": [{"key": "zone", "operator": "NotIn", "values": ["a"]}]}])), false),
+            (affinity(json!([{"matchExpressions": [{"key": "cores", "operator": "Gt", "values": ["4"]}]}])), true),
+            (affinity(json!([{"matchExpressions": [{"key": "cores", "operator": "Lt", "values": ["4"]}]}])), false),
+            (affinity(json!([{"matchFields": [{"key": "metadata.name", "operator": "In", "values": ["n"]}]}])), true),
+            (affinity(json!([{}])), false),
+        ] {
+            assert_eq!(fits(&pod(spec.clone()), &labels, "n", &room).is_ok(), fine, "{spec}");
+        }
+    }
+
+    #[test]
+    fn no_execute_taints_need_a_toleration() {
+        let node: Node = serde_json::from_value(json!({"spec": {"taints": [
+            {"key": "a", "value": "x", "effect": "NoExecute"}, {"key": "b", "effect": "NoSchedule"}]}})).unwrap();
+        assert_eq!(reason(tolerates(&pod(json!({"containers": []})), &node)), Some("TaintToleration"));
+        for toleration in [json!({"operator": "Exists"}), json!({"key": "a", "value": "x"}), json!({"key": "a", "operator": "Exists", "effect": "NoExecute"})] {
+            assert!(tolerates(&pod(json!({"containers": [], "tolerations": [toleration.clone()]})), &node).is_ok(), "{toleration}");
+        }
+    }
+}

@@ -1,0 +1,443 @@
+//! What to do next for one pod. Pure: everything it knows is in its arguments.
+//!
+//! ```text
+//!  accept ─▶ resolve ─▶ begin ─▶ prepare ─▶ start ─▶ (main) ─▶ end ─┬▶ restart ─▶ resolve …
+//!    │       image,     on disk   clone,     the       in the        └▶ conclude ─▶ remove ─▶ delete ─▶ forget
+//!    └▶ refused         first     machine    process   guest              terminal    files     API object
+//! ```
+//!
+//! The plan is level-triggered: it looks at the record and the world as they are, and names the next steps. A step that is a
+//! job runs beside the worker; while one is under way the plan doesn't name another that would collide with it.
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::Pod;
+use vmpod_machine::{Exit, ExitCause};
+
+use crate::{
+    pod::{self, RestartPolicy},
+    record::{Attempt, Ended, Main, Record, Stop, StopReason, Terminal},
+};
+
+/// What should be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Desired<'a> {
+    /// The pod as the API has it; none when it is certain that it has it no more.
+    pub(crate) pod: Option<&'a Pod>,
+    /// The agent ends, and machines aren't to go on without it.
+    pub(crate) agent_stops: Option<SignedDuration>,
+}
+
+/// What is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Observed {
+    /// The machine of the current attempt.
+    pub(crate) machine: MachineSeen,
+    /// The guest answers.
+    pub(crate) guest_ready: bool,
+    /// What the guest is waited for, in words.
+    pub(crate) guest: Option<String>,
+    /// Image and configuration of the next attempt.
+    pub(crate) resolved: Resolved,
+    /// Why the last try of the current job failed, and when to try again.
+    pub(crate) trouble: Option<Trouble>,
+    /// All output of the current attempt is in its log.
+    pub(crate) drained: bool,
+    /// The power button was pressed or the main process signalled.
+    pub(crate) stopping: bool,
+    /// The machine is being killed.
+    pub(crate) killing: bool,
+    /// The job under way.
+    pub(crate) job: Option<Job>,
+    /// The API says that the object is gone, or that another has its name.
+    pub(crate) deleted: bool,
+}
+
+/// A machine as it is on this host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum MachineSeen {
+    /// Nothing of it is on disk.
+    #[default]
+    Absent,
+    /// Its directory is unfinished and no process was ever started from it.
+    Unfinished,
+    /// It may be started.
+    Prepared,
+    /// Its process is being started.
+    Booting,
+    /// It has a process.
+    Live,
+    /// It ran and is over.
+    Stopped(Exit),
+    /// It couldn't be started.
+    Failed(String),
+    /// It may have a process that doesn't answer, or is damaged.
+    Broken(String),
+}
+
+/// Whether the next attempt has what it needs.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Resolved {
+    #[default]
+    No,
+    Yes,
+}
+
+/// A job that failed and will be tried again. The reason is one that users of Kubernetes know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Trouble {
+    pub(crate) reason: String,
+    pub(crate) message: String,
+    pub(crate) retry: Timestamp,
+}
+
+/// Work that takes time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Job {
+    /// Image, environment, user data.
+    Resolve,
+    /// Clone, key, seed, directory.
+    Prepare,
+    /// The machine's process.
+    Start,
+    /// The main process in the guest.
+    StartMain,
+    /// Kills the machine and removes its files, its clone and its hold on the image.
+    Remove,
+    /// Deletes the API object.
+    Delete,
+}
+
+/// One thing to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Decide whether the pod may run here; the record begins.
+    Accept,
+    /// Start a job.
+    Run(Job),
+    /// Write down that an attempt begins, with the image that was resolved.
+    Begin,
+    /// Write down that the machine was seen running.
+    NoteStarted,
+    /// Write down that the main process is about to be asked for.
+    AskMain,
+    /// Write down that the pod is to stop.
+    NoteStop(Stop),
+    /// Ask the main process to end.
+    SignalMain,
+    /// Press the power button; the machine is killed at the deadline.
+    PowerDown { deadline: Timestamp },
+    /// Kill the machine.
+    Kill,
+    /// Write down how the attempt ended, and the back-off and verdict that follow.
+    End { ended: Ended, terminal: Option<Terminal> },
+    /// Write down the verdict.
+    Conclude(Terminal),
+    /// Remove everything that is left of the pod and end its worker.
+    Forget,
+}
+
+/// Steps in order, and when to look again at the latest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    pub(crate) steps: Vec<Step>,
+    pub(crate) wake: Option<Timestamp>,
+}
+
+impl Plan {
+    fn step(step: Step) -> Self {
+        Self { steps: vec![step], wake: None }
+    }
+
+    fn wait() -> Self {
+        Self::default()
+    }
+
+    fn wait_until(wake: Timestamp) -> Self {
+        Self { steps: Vec::new(), wake: Some(wake) }
+    }
+
+    fn wake_at(mut self, at: Option<Timestamp>) -> Self {
+        self.wake = match (self.wake, at) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        self
+    }
+}
+
+/// How long after its end a main process's output may take to arrive before the machine is killed regardless.
+const DRAIN: SignedDuration = SignedDuration::from_secs(15);
+
+/// Names the next steps.
+pub(crate) fn plan(desired: Desired<'_>, record: Option<&Record>, seen: &Observed, now: Timestamp) -> Plan {
+    let Some(pod) = desired.pod else { return gone(seen, now) };
+    let Some(record) = record else {
+        // A pod that was deleted before the agent saw it is accepted as well: it then concludes like any other.
+        return Plan::step(Step::Accept);
+    };
+    if record.terminal.is_some() {
+        return over(pod, seen, now);
+    }
+    let deadline = pod::active_deadline(pod, record.accepted);
+    if let Some(stop) = new_stop(desired, pod, record, deadline, now) {
+        return Plan::step(Step::NoteStop(stop));
+    }
+    let plan = match &record.attempt {
+        Some(attempt) if attempt.ended.is_none() => live(pod, record, attempt, seen, now),
+        ended => between(pod, record, ended.as_ref(), seen, now),
+    };
+    plan.wake_at(deadline.filter(|_| record.stop.is_none()))
+}
+
+/// The API has the pod no more: nothing of it may stay.
+fn gone(seen: &Observed, now: Timestamp) -> Plan {
+    match (seen.machine == MachineSeen::Absent, seen.job) {
+        (_, Some(_)) => Plan::wait(),
+        (true, None) => Plan::step(Step::Forget),
+        (false, None) => run(Job::Remove, seen, now),
+    }
+}
+
+/// The pod has ended: its machine's files go, and the API object when somebody deleted it.
+fn over(pod: &Pod, seen: &Observed, now: Timestamp) -> Plan {
+    if seen.job.is_some() {
+        return Plan::wait();
+    }
+    if seen.machine != MachineSeen::Absent {
+        return run(Job::Remove, seen, now);
+    }
+    // Only what the API shows counts: a status that was sent may not have arrived.
+    if pod.metadata.deletion_timestamp.is_some() && pod::is_terminal_phase(pod::api_phase(pod)) && !seen.deleted {
+        return run(Job::Delete, seen, now);
+    }
+    Plan::wait()
+}
+
+fn new_stop(desired: Desired<'_>, pod: &Pod, record: &Record, deadline: Option<Timestamp>, now: Timestamp) -> Option<Stop> {
+    let grace = pod::spec(pod).and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30).max(0);
+    let after = |grace: SignedDuration| now.saturating_add(grace).unwrap_or(Timestamp::MAX);
+    let wanted = if let Some(grace) = pod::deletion_grace(pod) {
+        Stop { why: StopReason::Deleted, deadline: after(grace) }
+    } else if deadline.is_some_and(|deadline| deadline <= now) {
+        Stop { why: StopReason::Deadline, deadline: after(SignedDuration::from_secs(grace)) }
+    } else if let Some(limit) = desired.agent_stops {
+        Stop { why: StopReason::Agent, deadline: after(limit.min(SignedDuration::from_secs(grace))) }
+    } else {
+        return None;
+    };
+    match &record.stop {
+        None => Some(wanted),
+        // A pod that is to end outweighs an agent that is to end. A shorter grace shortens what is left, and nothing lengthens it.
+        Some(old) if old.why == StopReason::Agent && wanted.why != StopReason::Agent => {
+            Some(Stop { deadline: old.deadline.min(wanted.deadline), ..wanted })
+        }
+        Some(old) if wanted.why != StopReason::Agent && wanted.deadline < old.deadline => {
+            Some(Stop { why: old.why, deadline: wanted.deadline })
+        }
+        Some(_) => None,
+    }
+}
+
+/// No attempt is under way.
+fn between(pod: &Pod, record: &Record, last: Option<&Attempt>, seen: &Observed, now: Timestamp) -> Plan {
+    if seen.job == Some(Job::Resolve) && record.stop.is_some() {
+        // A pull may take long; a pod that is to stop doesn't wait for it.
+        return conclude_stopped(record, last).map_or_else(Plan::wait, Plan::step);
+    }
+    if seen.job.is_some() {
+        return Plan::wait();
+    }
+    if seen.machine != MachineSeen::Absent {
+        return run(Job::Remove, seen, now);
+    }
+    if record.stop.is_some() {
+        return conclude_stopped(record, last).map_or_else(Plan::wait, Plan::step);
+    }
+    if let Some(ended) = last.and_then(|attempt| attempt.ended.as_ref()) {
+        if !RestartPolicy::of(pod).restarts(ended.exit_code) {
+            return Plan::step(Step::Conclude(verdict(ended)));
+        }
+        if let Some(until) = record.backoff.until()
+            && until > now
+        {
+            return Plan::wait_until(until);
+        }
+    }
+    match seen.resolved {
+        Resolved::Yes => Plan::step(Step::Begin),
+        Resolved::No => run(Job::Resolve, seen, now),
+    }
+}
+
+/// What becomes of a pod that is stopped between two attempts.
+fn conclude_stopped(record: &Record, last: Option<&Attempt>) -> Option<Step> {
+    let stop = record.stop.as_ref()?;
+    let ended = last.and_then(|attempt| attempt.ended.as_ref());
+    stop_verdict(stop.why, ended).map(Step::Conclude)
+}
+
+/// An attempt is under way.
+fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Timestamp) -> Plan {
+    let stop = record.stop.as_ref();
+    let has_main = pod::machine_container(pod).is_some_and(|container| pod::command(container).is_some());
+    match &seen.machine {
+        MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if attempt.started.is_some() => {
+            let why = "it ran, and nothing is left of it";
+            end(pod, record, main_end(record, attempt).unwrap_or_else(|| lost(record, attempt, why, now)))
+        }
+        MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if seen.job.is_some() => Plan::wait(),
+        MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if stop.is_some() => {
+            let message = "The pod was stopped before its machine was started".to_owned();
+            end(pod, record, ended(record, attempt, 137, "ContainerStatusUnknown", Some(message), now))
+        }
+        MachineSeen::Absent => run(Job::Prepare, seen, now),
+        MachineSeen::Unfinished => run(Job::Remove, seen, now),
+        MachineSeen::Prepared => run(Job::Start, seen, now),
+        MachineSeen::Failed(why) => end(pod, record, ended(record, attempt, 128, "StartError", Some(why.clone()), now)),
+        // It may have run, and may run now. Once that is written down nothing starts it again, and it can go.
+        MachineSeen::Broken(_) if attempt.started.is_none() => Plan::step(Step::NoteStarted),
+        MachineSeen::Broken(_) if seen.job.is_some() => Plan::wait(),
+        MachineSeen::Broken(_) => run(Job::Remove, seen, now),
+        MachineSeen::Stopped(exit) if seen.drained => end(pod, record, after_exit(record, attempt, has_main, exit)),
+        MachineSeen::Stopped(_) => Plan::wait(),
+        MachineSeen::Booting => match stop {
+            Some(stop) if !seen.stopping => Plan::step(Step::PowerDown { deadline: stop.deadline }),
+            _ => Plan::wait(),
+        },
+        MachineSeen::Live => running(attempt, stop, has_main, seen, now),
+    }
+}
+
+/// The machine runs.
+fn running(attempt: &Attempt, stop: Option<&Stop>, has_main: bool, seen: &Observed, now: Timestamp) -> Plan {
+    if seen.killing {
+        return Plan::wait();
+    }
+    if attempt.started.is_none() {
+        return Plan::step(Step::NoteStarted);
+    }
+    if let Main::Ended { at, .. } = attempt.main {
+        // The process is over: the machine goes with it, once the last output is here.
+        let give_up = at.saturating_add(DRAIN).unwrap_or(Timestamp::MAX);
+        return if seen.drained || now >= give_up { Plan::step(Step::Kill) } else { Plan::wait_until(give_up) };
+    }
+    if let Some(stop) = stop {
+        if now >= stop.deadline {
+            return Plan::step(Step::Kill);
+        }
+        if seen.stopping {
+            return Plan::wait_until(stop.deadline);
+        }
+        let step = match attempt.main {
+            Main::Started(_) if seen.guest_ready => Step::SignalMain,
+            // A process that was never started has nothing to lose.
+            Main::Unstarted if has_main => Step::Kill,
+            // Whether it started isn't known yet: the guest, once it answers, tells.
+            Main::Started(_) | Main::Asked => return Plan::wait_until(stop.deadline),
+            Main::Unstarted | Main::Ended { .. } => Step::PowerDown { deadline: stop.deadline },
+        };
+        return Plan { steps: vec![step], wake: Some(stop.deadline) };
+    }
+    match attempt.main {
+        Main::Unstarted if has_main && seen.guest_ready => Plan::step(Step::AskMain),
+        Main::Asked if seen.guest_ready && seen.job.is_none() => run(Job::StartMain, seen, now),
+        _ => Plan::wait(),
+    }
+}
+
+/// A job, unless its last failure is too young.
+fn run(job: Job, seen: &Observed, now: Timestamp) -> Plan {
+    match &seen.trouble {
+        Some(trouble) if trouble.retry > now => Plan::wait_until(trouble.retry),
+        _ => Plan::step(Step::Run(job)),
+    }
+}
+
+/// The end of an attempt and what follows from it.
+fn end(pod: &Pod, record: &Record, ended: Ended) -> Plan {
+    let terminal = match &record.stop {
+        Some(stop) => stop_verdict(stop.why, Some(&ended)),
+        None => (!RestartPolicy::of(pod).restarts(ended.exit_code)).then(|| verdict(&ended)),
+    };
+    // After a stop by the agent the pod may go on with the next agent, if its policy says so.
+    let terminal = match (&record.stop, terminal) {
+        (Some(Stop { why: StopReason::Agent, .. }), None) if !RestartPolicy::of(pod).restarts(ended.exit_code) => Some(Terminal {
+            succeeded: ended.exit_code == 0,
+            reason: (ended.exit_code != 0).then(|| "Terminated".to_owned()),
+            message: (ended.exit_code != 0).then(|| "The node agent was stopped, and the pod's machine with it".to_owned()),
+            shown_before: false,
+        }),
+        (_, terminal) => terminal,
+    };
+    Plan::step(Step::End { ended, terminal })
+}
+
+fn verdict(ended: &Ended) -> Terminal {
+    Terminal { succeeded: ended.exit_code == 0, reason: None, message: None, shown_before: false }
+}
+
+/// The verdict on a stopped pod; none when the pod isn't over.
+fn stop_verdict(why: StopReason, ended: Option<&Ended>) -> Option<Terminal> {
+    match why {
+        StopReason::Deleted => Some(Terminal { succeeded: ended.is_some_and(|ended| ended.exit_code == 0), reason: None, message: None, shown_before: false }),
+        StopReason::Deadline => Some(Terminal {
+            succeeded: false,
+            reason: Some("DeadlineExceeded".to_owned()),
+            message: Some("Pod was active on the node longer than the specified deadline".to_owned()),
+            shown_before: false,
+        }),
+        StopReason::Agent => None,
+    }
+}
+
+fn ended(record: &Record, attempt: &Attempt, exit_code: i32, reason: &str, message: Option<String>, finished: Timestamp) -> Ended {
+    let started = match attempt.main {
+        Main::Started(at) | Main::Ended { started: Some(at), .. } => Some(at),
+        _ => attempt.started,
+    };
+    Ended {
+        machine: record.uid.machine(attempt.number),
+        exit_code,
+        reason: reason.to_owned(),
+        message,
+        started,
+        finished,
+    }
+}
+
+fn lost(record: &Record, attempt: &Attempt, why: &str, now: Timestamp) -> Ended {
+    ended(record, attempt, 137, "ContainerStatusUnknown", Some(format!("The container's machine could not be found again: {why}")), now)
+}
+
+/// How a container ended whose machine has stopped.
+fn after_exit(record: &Record, attempt: &Attempt, has_main: bool, exit: &Exit) -> Ended {
+    if let Some(ended) = main_end(record, attempt) {
+        return ended;
+    }
+    let detail = Some(exit.to_string());
+    if has_main {
+        // The guest took the exit code with it.
+        let killed = record.stop.is_some() && exit.cause == ExitCause::Killed;
+        let reason = if killed { "Error" } else { "ContainerStatusUnknown" };
+        return ended(record, attempt, 137, reason, detail, exit.at);
+    }
+    match exit.cause {
+        ExitCause::GuestShutdown => ended(record, attempt, 0, "Completed", None, exit.at),
+        ExitCause::GuestPanic | ExitCause::HypervisorFailed => ended(record, attempt, 1, "Error", detail, exit.at),
+        ExitCause::Killed => ended(record, attempt, 137, "Error", detail, exit.at),
+        ExitCause::NeverStarted | ExitCause::Unseen => ended(record, attempt, 137, "ContainerStatusUnknown", detail, exit.at),
+    }
+}
+
+fn main_end(record: &Record, attempt: &Attempt) -> Option<Ended> {
+    let Main::Ended { code, at, why, .. } = &attempt.main else { return None };
+    let (code, reason) = match code {
+        Some(0) => (0, "Completed"),
+        Some(code) => (*code, "Error"),
+        None => (137, "ContainerStatusUnknown"),
+    };
+    Some(ended(record, attempt, code, reason, why.clone(), *at))
+}
+
+#[cfg(test)]
+mod tests;

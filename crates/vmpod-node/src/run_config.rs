@@ -1,0 +1,142 @@
+//! What an attempt runs and with which environment, resolved once and kept beside the pod's record.
+
+use std::{collections::BTreeSet, io, path::Path};
+
+use k8s_openapi::api::core::v1::{ConfigMap, Container, Pod, Secret};
+use kube::{Api, Client};
+use serde::{Deserialize, Serialize};
+use vmpod_api::annotations;
+
+use crate::{
+    env::{self, ConfigError, Facts, Fetched, Needs},
+    error_chain, pod,
+    record::write_whole,
+};
+
+/// What an attempt runs. It holds secrets: its file is private.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct RunConfig {
+    /// The main process's command line; empty when the machine itself is the process.
+    pub(crate) command: Vec<String>,
+    pub(crate) env: Vec<(String, String)>,
+    pub(crate) workdir: Option<String>,
+    /// Cloud-init user data.
+    pub(crate) user_data: Option<String>,
+}
+
+impl std::fmt::Debug for RunConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Values may be secret.
+        let names: Vec<_> = self.env.iter().map(|(name, _)| name).collect();
+        f.debug_struct("RunConfig").field("command", &self.command).field("env", &names).finish_non_exhaustive()
+    }
+}
+
+/// Why it can't be resolved now.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RunConfigError {
+    /// The pod asks for what isn't there.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The API couldn't be asked.
+    #[error("could not fetch {kind} {namespace}/{name}")]
+    Fetch { kind: &'static str, namespace: String, name: String, source: Box<kube::Error> },
+    /// Two sources of user data.
+    #[error("annotations {} and {} exclude each other", annotations::USER_DATA, annotations::USER_DATA_SECRET)]
+    TwoUserData,
+}
+
+impl RunConfigError {
+    /// The text for the container's status.
+    pub(crate) fn message(&self) -> String {
+        error_chain(self)
+    }
+}
+
+const FILE: &str = "run.json";
+const USER_DATA_KEY: &str = "userdata";
+
+impl RunConfig {
+    pub(crate) fn save(&self, dir: &Path) -> io::Result<()> {
+        std::os::unix::fs::DirBuilderExt::mode(std::fs::DirBuilder::new().recursive(true), 0o700).create(dir)?;
+        write_whole(&dir.join(FILE), &serde_json::to_vec(self)?)
+    }
+
+    pub(crate) fn load(dir: &Path) -> io::Result<Self> {
+        Ok(serde_json::from_slice(&std::fs::read(dir.join(FILE))?)?)
+    }
+
+    /// Fetches what the container needs and resolves it.
+    pub(crate) async fn resolve(client: &Client, pod: &Pod, container: &Container, facts: &Facts) -> Result<Self, RunConfigError> {
+        let mut needs = Needs::of(container);
+        let inline = pod::annotation(pod, annotations::USER_DATA);
+        let secret = pod::annotation(pod, annotations::USER_DATA_SECRET);
+        if inline.is_some() && secret.is_some() {
+            return Err(RunConfigError::TwoUserData);
+        }
+        needs.secrets.extend(secret.map(str::to_owned));
+        let fetched = fetch(client, pod::namespace(pod), &needs).await?;
+        let env = env::resolve(pod, container, &fetched, facts)?;
+        let command = pod::command(container).map(|(command, args)| env::command_line(command, args, &env)).unwrap_or_default();
+        let user_data = match secret {
+            Some(name) => Some(secret_user_data(pod, name, &fetched)?),
+            None => inline.map(str::to_owned),
+        };
+        let workdir = container.working_dir.clone().filter(|dir| !dir.is_empty());
+        Ok(Self { command, env, workdir, user_data })
+    }
+}
+
+fn secret_user_data(pod: &Pod, name: &str, fetched: &Fetched) -> Result<String, ConfigError> {
+    let secret = fetched.secrets.get(name).ok_or_else(|| ConfigError::Missing { kind: "secret", name: name.to_owned() })?;
+    let (namespace, name, key) = (pod::namespace(pod).to_owned(), name.to_owned(), USER_DATA_KEY.to_owned());
+    match secret.data.as_ref().and_then(|data| data.get(USER_DATA_KEY)) {
+        Some(bytes) => String::from_utf8(bytes.0.clone()).map_err(|_| ConfigError::NotText { kind: "Secret", namespace, name, key }),
+        None => Err(ConfigError::MissingKey { kind: "Secret", namespace, name, key }),
+    }
+}
+
+/// Fetches objects one at a time by name: more the Node authorizer doesn't allow.
+async fn fetch(client: &Client, namespace: &str, needs: &Needs) -> Result<Fetched, RunConfigError> {
+    let config_maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let (config_maps, secrets) =
+        futures::try_join!(get_all(&config_maps, "configmap", namespace, &needs.config_maps), get_all(&secrets, "secret", namespace, &needs.secrets))?;
+    Ok(Fetched { config_maps, secrets })
+}
+
+async fn get_all<K>(
+    api: &Api<K>,
+    kind: &'static str,
+    namespace: &str,
+    names: &BTreeSet<String>,
+) -> Result<std::collections::BTreeMap<String, K>, RunConfigError>
+where
+    K: kube::Resource + Clone + serde::de::DeserializeOwned + std::fmt::Debug,
+{
+    let fetched = names.iter().map(|name| async move {
+        match api.get_opt(name).await {
+            Ok(object) => Ok(object.map(|object| (name.clone(), object))),
+            Err(source) => Err(RunConfigError::Fetch { kind, namespace: namespace.to_owned(), name: name.clone(), source: Box::new(source) }),
+        }
+    });
+    Ok(futures::future::try_join_all(fetched).await?.into_iter().flatten().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn it_is_private_and_survives() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = RunConfig { env: vec![("TOKEN".to_owned(), "hunter2".to_owned())], ..RunConfig::default() };
+        config.save(&dir.path().join("uid")).unwrap();
+        assert_eq!(RunConfig::load(&dir.path().join("uid")).unwrap(), config);
+        let mode = std::fs::metadata(dir.path().join("uid/run.json")).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        assert!(!format!("{config:?}").contains("hunter2"));
+    }
+}

@@ -1,0 +1,390 @@
+//! What the API is told about one pod. Pure.
+
+use std::net::IpAddr;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::core::v1::{
+        ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP, Pod,
+        PodCondition, PodIP, PodStatus,
+    },
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use serde_json::{Map, Value, json};
+
+use crate::{
+    backoff::go_seconds,
+    plan::{MachineSeen, Observed},
+    pod::{self, RestartPolicy},
+    record::{Attempt, Ended, Main, Record, StopReason},
+};
+
+/// The conditions that a node agent owns; all others are left alone.
+const OWN_CONDITIONS: [&str; 5] = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+
+/// What the pod's status should be, as far as it is the agent's to say.
+///
+/// A condition whose value hasn't changed since it was `published`, or since what the API shows, keeps its transition time.
+pub(crate) fn status(
+    pod: &Pod,
+    record: &Record,
+    seen: &Observed,
+    node: IpAddr,
+    now: Timestamp,
+    published: Option<&PodStatus>,
+) -> PodStatus {
+    let generation = pod.metadata.generation;
+    let Some(container) = pod::machine_container(pod) else {
+        return PodStatus { phase: Some("Pending".to_owned()), ..PodStatus::default() };
+    };
+    let refused = record.terminal.is_some() && record.attempt.is_none() && record.stop.is_none();
+    if refused {
+        let terminal = record.terminal.as_ref();
+        // As the kubelet: a refused pod never had containers.
+        return PodStatus {
+            phase: Some("Failed".to_owned()),
+            reason: terminal.and_then(|terminal| terminal.reason.clone()),
+            message: terminal.and_then(|terminal| terminal.message.clone()),
+            start_time: Some(time(record.accepted)),
+            observed_generation: generation,
+            ..PodStatus::default()
+        };
+    }
+    let view = View::of(pod, record, seen);
+    let phase = view.phase(record);
+    let ready = view.ready && record.terminal.is_none();
+    let name = &container.name;
+    let container_status = ContainerStatus {
+        name: name.clone(),
+        image: record.attempt.as_ref().map_or_else(|| container.image.clone().unwrap_or_default(), |a| a.image.name.clone()),
+        image_id: record.attempt.as_ref().map(|a| image_id(&a.image.name, &a.image.digest)).unwrap_or_default(),
+        container_id: record.machine().map(|id| format!("vmpod://{id}")),
+        ready,
+        started: Some(view.started && record.terminal.is_none()),
+        restart_count: i32::try_from(view.restarts).unwrap_or(i32::MAX),
+        state: Some(view.state.clone()),
+        last_state: view.last.as_ref().map(|ended| terminated_state(ended)),
+        ..ContainerStatus::default()
+    };
+    let succeeded = record.terminal.as_ref().map(|terminal| terminal.succeeded);
+    let known = [published, pod.status.as_ref()].into_iter().flatten().filter_map(|status| status.conditions.as_deref()).flatten();
+    let conditions = conditions(known, &view.conditions(ready, succeeded, name), generation, now);
+    let address = record.address.filter(|_| view.has_address).map(|address| address.to_string());
+    PodStatus {
+        phase: Some(phase.to_owned()),
+        reason: record.terminal.as_ref().and_then(|t| t.reason.clone()),
+        message: record.terminal.as_ref().and_then(|t| t.message.clone()),
+        start_time: Some(time(record.accepted)),
+        host_ip: Some(node.to_string()),
+        host_ips: Some(vec![HostIP { ip: node.to_string() }]),
+        pod_ip: address.clone(),
+        pod_ips: address.map(|ip| vec![PodIP { ip }]),
+        container_statuses: Some(vec![container_status]),
+        conditions: Some(conditions),
+        observed_generation: generation,
+        ..PodStatus::default()
+    }
+}
+
+/// An image's identity as the runtime reports it: the repository at the digest.
+fn image_id(name: &str, digest: &str) -> String {
+    let repository = name.split_once('@').map_or(name, |(repository, _)| repository);
+    let repository = match repository.rsplit_once(':') {
+        Some((repository, tag)) if !tag.contains('/') => repository,
+        _ => repository,
+    };
+    format!("{repository}@{digest}")
+}
+
+/// Container 0 in the words of the API.
+struct View {
+    state: ContainerState,
+    last: Option<Ended>,
+    restarts: u32,
+    running: bool,
+    started: bool,
+    ready: bool,
+    has_address: bool,
+    sandbox: bool,
+}
+
+impl View {
+    fn of(pod: &Pod, record: &Record, seen: &Observed) -> Self {
+        let attempt = record.attempt.as_ref();
+        let ended = attempt.and_then(|attempt| attempt.ended.as_ref());
+        let restarts = attempt.map_or(0, |attempt| attempt.number);
+        let base = Self {
+            state: ContainerState::default(),
+            last: record.previous.clone(),
+            restarts,
+            running: false,
+            started: false,
+            ready: false,
+            has_address: attempt.is_some(),
+            sandbox: false,
+        };
+        if let Some(terminal) = &record.terminal {
+            let state = match ended {
+                Some(ended) => terminated_state(ended),
+                None => never_located(&terminal.message),
+            };
+            return Self { state, ..base };
+        }
+        let Some(attempt) = attempt else {
+            return Self { state: waiting_for(seen), ..base };
+        };
+        if let Some(ended) = ended {
+            return between_attempts(pod, record, ended, seen, base);
+        }
+        let live = seen.machine == MachineSeen::Live;
+        let has_main = pod::machine_container(pod).is_some_and(|container| pod::command(container).is_some());
+        let running_since = running_since(attempt, has_main);
+        match running_since {
+            Some(since) if live || attempt.started.is_some() => Self {
+                state: ContainerState {
+                    running: Some(ContainerStateRunning { started_at: Some(time(since)) }),
+                    ..ContainerState::default()
+                },
+                running: true,
+                started: true,
+                ready: live && seen.guest_ready && !matches!(attempt.main, Main::Ended { .. }),
+                sandbox: true,
+                ..base
+            },
+            _ => Self { state: waiting_for(seen), sandbox: live, ..base },
+        }
+    }
+
+    fn phase(&self, record: &Record) -> &'static str {
+        match &record.terminal {
+            Some(terminal) if terminal.succeeded => "Succeeded",
+            Some(_) => "Failed",
+            // A container that ran before and waits to run again is a running pod's.
+            None if self.running || self.last.is_some() || self.state.terminated.is_some() => "Running",
+            None => "Pending",
+        }
+    }
+
+    fn conditions(&self, ready: bool, succeeded: Option<bool>, container: &str) -> [Said; 5] {
+        let unready = || Said::no("", "ContainersNotReady", Some(format!("containers with unready status: [{container}]")));
+        let (ready, initialized) = match succeeded {
+            Some(true) => (Said::no("", "PodCompleted", None), Said::yes("").because("PodCompleted")),
+            Some(false) => (Said::no("", "PodFailed", None), Said::yes("")),
+            None if ready => (Said::yes(""), Said::yes("")),
+            None => (unready(), Said::yes("")),
+        };
+        let sandbox = if self.sandbox && succeeded.is_none() { Said::yes("") } else { Said { status: false, ..Said::yes("") } };
+        [
+            sandbox.named(OWN_CONDITIONS[0]),
+            initialized.named(OWN_CONDITIONS[1]),
+            ready.clone().named(OWN_CONDITIONS[2]),
+            ready.named(OWN_CONDITIONS[3]),
+            Said::yes(OWN_CONDITIONS[4]),
+        ]
+    }
+}
+
+fn running_since(attempt: &Attempt, has_main: bool) -> Option<Timestamp> {
+    match attempt.main {
+        Main::Started(at) => Some(at),
+        // Until the machine is gone, its container counts as running: a verdict comes only after that.
+        Main::Ended { started, at, .. } => Some(started.unwrap_or(at)),
+        Main::Unstarted | Main::Asked if has_main => None,
+        Main::Unstarted | Main::Asked => attempt.started,
+    }
+}
+
+fn between_attempts(pod: &Pod, record: &Record, ended: &Ended, seen: &Observed, base: View) -> View {
+    let agent_stopped = record.stop.as_ref().is_some_and(|stop| stop.why == StopReason::Agent);
+    if agent_stopped || !RestartPolicy::of(pod).restarts(ended.exit_code) {
+        return View { state: terminated_state(ended), ..base };
+    }
+    let state = match &seen.trouble {
+        Some(trouble) => waiting(&trouble.reason, Some(trouble.message.clone())),
+        None => waiting(
+            "CrashLoopBackOff",
+            Some(format!(
+                "back-off {} restarting failed container={} pod={}_{}({})",
+                go_seconds(record.backoff.wait()),
+                pod::machine_container(pod).map_or("", |container| &container.name),
+                record.name,
+                record.namespace,
+                record.uid
+            )),
+        ),
+    };
+    View { state, last: Some(ended.clone()), ..base }
+}
+
+fn waiting_for(seen: &Observed) -> ContainerState {
+    match (&seen.trouble, &seen.guest) {
+        (Some(trouble), _) => waiting(&trouble.reason, Some(trouble.message.clone())),
+        (None, Some(guest)) if seen.machine == MachineSeen::Live => waiting("ContainerCreating", Some(guest.clone())),
+        _ => waiting("ContainerCreating", None),
+    }
+}
+
+fn waiting(reason: &str, message: Option<String>) -> ContainerState {
+    ContainerState {
+        waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
+        ..ContainerState::default()
+    }
+}
+
+fn terminated_state(ended: &Ended) -> ContainerState {
+    ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: ended.exit_code,
+            reason: Some(ended.reason.clone()),
+            message: ended.message.clone(),
+            started_at: ended.started.map(time),
+            finished_at: Some(time(ended.finished)),
+            container_id: Some(format!("vmpod://{}", ended.machine)),
+            signal: None,
+        }),
+        ..ContainerState::default()
+    }
+}
+
+/// A container that ended before it began.
+fn never_located(message: &Option<String>) -> ContainerState {
+    ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: 137,
+            reason: Some("ContainerStatusUnknown".to_owned()),
+            message: message
+                .clone()
+                .or_else(|| Some("The container could not be located when the pod was terminated".to_owned())),
+            ..ContainerStateTerminated::default()
+        }),
+        ..ContainerState::default()
+    }
+}
+
+/// A condition's value.
+#[derive(Clone, Debug)]
+struct Said {
+    kind: &'static str,
+    status: bool,
+    reason: Option<&'static str>,
+    message: Option<String>,
+}
+
+impl Said {
+    fn yes(kind: &'static str) -> Self {
+        Self { kind, status: true, reason: None, message: None }
+    }
+
+    fn no(kind: &'static str, reason: &'static str, message: Option<String>) -> Self {
+        Self { kind, status: false, reason: Some(reason), message }
+    }
+
+    fn because(self, reason: &'static str) -> Self {
+        Self { reason: Some(reason), ..self }
+    }
+
+    fn named(self, kind: &'static str) -> Self {
+        Self { kind, ..self }
+    }
+}
+
+fn conditions<'a>(
+    known: impl Iterator<Item = &'a PodCondition> + Clone,
+    said: &[Said],
+    generation: Option<i64>,
+    now: Timestamp,
+) -> Vec<PodCondition> {
+    said.iter()
+        .map(|said| {
+            let status = if said.status { "True" } else { "False" };
+            // The first word on a condition counts: what was published is newer than what the API shows.
+            let same = known.clone().find(|old| old.type_ == said.kind).filter(|old| old.status == status);
+            PodCondition {
+                type_: said.kind.to_owned(),
+                status: status.to_owned(),
+                reason: said.reason.map(str::to_owned),
+                message: said.message.clone(),
+                last_transition_time: same.and_then(|old| old.last_transition_time.clone()).or(Some(time(now))),
+                observed_generation: generation,
+                ..PodCondition::default()
+            }
+        })
+        .collect()
+}
+
+/// Times in the API have whole seconds.
+fn time(at: Timestamp) -> Time {
+    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
+}
+
+/// The strategic-merge patch that makes the API show `wanted`; none when it does already.
+///
+/// Only what is the agent's is compared and sent. A field that should be absent is sent as null.
+pub(crate) fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
+    const OWN: [&str; 11] = [
+        "phase", "reason", "message", "startTime", "hostIP", "hostIPs", "podIP", "podIPs", "containerStatuses",
+        "observedGeneration", "conditions",
+    ];
+    let shown = json_of(pod.status.as_ref());
+    let wanted = json_of(Some(wanted));
+    let mut changes = Map::new();
+    for field in OWN {
+        let (old, new) = (shown.get(field), wanted.get(field));
+        if field == "conditions" {
+            let changed = changed_conditions(old, new);
+            if !changed.is_empty() {
+                changes.insert(field.to_owned(), Value::Array(changed));
+            }
+        } else if old != new {
+            let value = match (field, old, new) {
+                // These lists are merged by their key, so what is to go must be named.
+                ("hostIPs" | "podIPs", Some(_), Some(Value::Array(items))) => {
+                    let mut items = items.clone();
+                    items.push(json!({"$patch": "replace"}));
+                    Value::Array(items)
+                }
+                (_, _, new) => new.cloned().unwrap_or(Value::Null),
+            };
+            changes.insert(field.to_owned(), value);
+        }
+    }
+    if changes.is_empty() {
+        return None;
+    }
+    let uid = pod.metadata.uid.as_deref().unwrap_or_default();
+    Some(json!({"metadata": {"uid": uid}, "status": changes}))
+}
+
+fn json_of(status: Option<&PodStatus>) -> Map<String, Value> {
+    match serde_json::to_value(status) {
+        Ok(Value::Object(map)) => map,
+        _ => Map::new(),
+    }
+}
+
+fn changed_conditions(old: Option<&Value>, new: Option<&Value>) -> Vec<Value> {
+    let list = |value: Option<&Value>| value.and_then(Value::as_array).cloned().unwrap_or_default();
+    let old = list(old);
+    list(new)
+        .into_iter()
+        .filter_map(|mut condition| {
+            let shown = old.iter().find(|shown| shown.get("type") == condition.get("type"));
+            let same = |field: &str| shown.is_some_and(|shown| shown.get(field) == condition.get(field));
+            if ["status", "reason", "message", "observedGeneration", "lastTransitionTime"].into_iter().all(same) {
+                return None;
+            }
+            // A merge keeps what isn't named.
+            if let (Some(shown), Value::Object(condition)) = (shown, &mut condition) {
+                for field in ["reason", "message"] {
+                    if shown.get(field).is_some() && !condition.contains_key(field) {
+                        condition.insert(field.to_owned(), Value::Null);
+                    }
+                }
+            }
+            Some(condition)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

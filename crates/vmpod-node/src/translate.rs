@@ -1,0 +1,273 @@
+//! From a pod and an image to a machine. Pure.
+
+use std::{net::Ipv4Addr, path::PathBuf};
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use vmpod_image::{Architecture, ClonedBoot, ClonedImage, Config, DiskFormat as ImageDiskFormat, Firmware as ImageFirmware, Os, SeedKind};
+use vmpod_machine::{
+    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, MachineId, Memory, Network, Protocol,
+    Secret, Seed, Spec,
+};
+
+use crate::{
+    options::MachineDefaults,
+    pod::{self, PodUid},
+    quantity::Nanos,
+};
+
+/// Why a pod and its image don't make a machine: reason `CreateContainerError`, with this message.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum TranslateError {
+    #[error("image {image} needs at least {needs} of memory, and the container gets {gets}: raise its memory request or limit")]
+    Memory { image: String, needs: Memory, gets: Memory },
+    #[error("image {image} needs at least {needs} processors, and the container gets {gets}: raise its cpu request or limit")]
+    Cpus { image: String, needs: u32, gets: u32 },
+    #[error("image {image} holds a {os} guest, which this node can't run")]
+    Os { image: String, os: Os },
+    #[error("image {image} reads no first-boot seed and names no password, so there is no way into its guest")]
+    NoAccess { image: String },
+}
+
+/// How large a machine is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) cpus: Cpus,
+    pub(crate) memory: Memory,
+    /// The least size of the first disk, bytes.
+    pub(crate) disk: Option<u64>,
+}
+
+/// The machine's size: the container's limits, else its requests, else what the image needs, else the node's default.
+pub(crate) fn size(container: &Container, image: &str, config: &Config, defaults: MachineDefaults) -> Result<Size, TranslateError> {
+    let least_cpus = config.min_cpus.unwrap_or(1).max(1);
+    let cpus = match pod::size(container, "cpu").map(Nanos::units_up).filter(|cpus| *cpus > 0) {
+        Some(cpus) => u32::try_from(cpus).unwrap_or(u32::MAX),
+        None => defaults.cpus.max(least_cpus),
+    };
+    if cpus < least_cpus {
+        return Err(TranslateError::Cpus { image: image.to_owned(), needs: least_cpus, gets: cpus });
+    }
+    let memory = match pod::size(container, "memory").map(Nanos::units_up).filter(|bytes| *bytes > 0) {
+        Some(bytes) => Memory::from_bytes(bytes),
+        None => config.min_memory.map_or(defaults.memory, Memory::from_bytes),
+    };
+    let least_memory = Memory::from_bytes(config.min_memory.unwrap_or(0));
+    if memory < least_memory {
+        return Err(TranslateError::Memory { image: image.to_owned(), needs: least_memory, gets: memory });
+    }
+    let disk = pod::size(container, "ephemeral-storage").map(Nanos::units_up).filter(|bytes| *bytes > 0);
+    Ok(Size { cpus: Cpus::new(cpus).unwrap_or(Cpus::ONE), memory, disk })
+}
+
+/// What a machine is made from.
+pub(crate) struct Parts<'a> {
+    pub(crate) id: MachineId,
+    pub(crate) uid: &'a PodUid,
+    pub(crate) pod: &'a Pod,
+    pub(crate) container: &'a Container,
+    pub(crate) image: &'a str,
+    pub(crate) clone: &'a ClonedImage,
+    pub(crate) size: Size,
+    pub(crate) address: Ipv4Addr,
+    /// Our key pair for the guest: the private key's file, the public key's line.
+    pub(crate) key: (PathBuf, String),
+    pub(crate) user_data: Option<String>,
+    pub(crate) accel: Accel,
+    /// The host's architecture.
+    pub(crate) host: Option<Arch>,
+    /// Whether ports below 1024 can be forwarded.
+    pub(crate) low_ports: bool,
+}
+
+/// The port at a machine's address that leads to its SSH server, unless the pod wants it for itself.
+const SSH_PORT: u16 = 2222;
+
+/// The machine.
+pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
+    let config = &parts.clone.config;
+    let guest = &config.guest;
+    let os = match config.os {
+        Os::Linux => GuestOs::Linux,
+        Os::Darwin => GuestOs::Macos,
+        Os::Windows => GuestOs::Windows,
+        Os::Freebsd => return Err(TranslateError::Os { image: parts.image.to_owned(), os: config.os }),
+    };
+    let seeded = guest.seed == SeedKind::Nocloud;
+    let auth = match &guest.password {
+        _ if seeded => Auth::Key(parts.key.0),
+        Some(password) => Auth::Password(Secret::new(password.clone())),
+        None => return Err(TranslateError::NoAccess { image: parts.image.to_owned() }),
+    };
+    let arch = match config.architecture {
+        Architecture::Amd64 => Arch::Amd64,
+        Architecture::Arm64 => Arch::Arm64,
+    };
+    let (ssh_port, forwards) = ports(parts.container, parts.low_ports);
+    Ok(Spec {
+        seed: seeded.then(|| Seed {
+            instance_id: parts.id.to_string(),
+            hostname: pod::hostname(parts.pod),
+            authorized_keys: vec![parts.key.1],
+            user_data: parts.user_data,
+            vendor_data: Some(vendor_data(&guest.user)),
+            network_config: None,
+        }),
+        id: parts.id,
+        cpus: parts.size.cpus,
+        memory: parts.size.memory,
+        arch,
+        os,
+        boot: match &parts.clone.boot {
+            ClonedBoot::Kernel { kernel, initrd, cmdline } => {
+                Boot::Kernel { kernel: kernel.clone(), initrd: initrd.clone(), cmdline: cmdline.clone() }
+            }
+            ClonedBoot::Firmware(firmware) => Boot::Firmware(match firmware {
+                ImageFirmware::Bios => Firmware::Bios,
+                ImageFirmware::Uefi => Firmware::Uefi,
+                ImageFirmware::Secure => Firmware::Secure,
+            }),
+        },
+        disks: parts
+            .clone
+            .disks
+            .iter()
+            .map(|disk| Disk {
+                path: disk.path.clone(),
+                format: match disk.format {
+                    ImageDiskFormat::Raw => DiskFormat::Raw,
+                    ImageDiskFormat::Qcow2 => DiskFormat::Qcow2,
+                },
+            })
+            .collect(),
+        networks: vec![Network::User { address: parts.address, ssh_port, forwards, mac: MacAddr::derive(parts.uid.as_str()) }],
+        access: Access { user: guest.user.clone(), auth, ready_marker: guest.ready_marker.clone(), port: guest.ssh_port },
+        // Another architecture's instructions can only be emulated.
+        accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
+    })
+}
+
+/// The SSH port and the forwarded ports: the container's own `ports`, at the same numbers.
+fn ports(container: &Container, low: bool) -> (u16, Vec<Forward>) {
+    let mut forwards: Vec<Forward> = Vec::new();
+    for port in container.ports.iter().flatten() {
+        let protocol = match port.protocol.as_deref() {
+            None | Some("TCP") => Protocol::Tcp,
+            Some("UDP") => Protocol::Udp,
+            Some(_) => continue,
+        };
+        let Ok(number) = u16::try_from(port.container_port) else { continue };
+        let forward = Forward { protocol, host_port: number, guest_port: number };
+        if number != 0 && (number >= 1024 || low) && !forwards.contains(&forward) {
+            forwards.push(forward);
+        }
+    }
+    let taken = |port: u16| forwards.iter().any(|f| f.protocol == Protocol::Tcp && f.host_port == port);
+    let ssh = (SSH_PORT..=u16::MAX).find(|port| !taken(*port)).unwrap_or(SSH_PORT);
+    (ssh, forwards)
+}
+
+/// What cloud-init does on our behalf, overridden by the user's own data: our key opens the user that the image names.
+fn vendor_data(user: &str) -> String {
+    let config = if user == "root" {
+        serde_json::json!({"disable_root": false})
+    } else {
+        serde_json::json!({"user": {"name": user}})
+    };
+    // JSON is YAML.
+    format!("#cloud-config\n{config}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use vmpod_image::{Boot as ImageBoot, ClonedDisk, GuestConfig};
+
+    use super::*;
+
+    const UID: &str = "5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f8a";
+
+    fn config(guest: GuestConfig) -> Config {
+        Config {
+            os: Os::Linux,
+            architecture: Architecture::Amd64,
+            boot: ImageBoot::Firmware(ImageFirmware::Uefi),
+            disks: Vec::new(),
+            min_cpus: Some(2),
+            min_memory: Some(256 << 20),
+            macos: None,
+            guest,
+            labels: std::collections::BTreeMap::new(),
+        }
+    }
+
+    fn container(resources: Value) -> Container {
+        serde_json::from_value(json!({"name": "vm", "resources": resources,
+            "ports": [{"containerPort": 8080}, {"containerPort": 2222}, {"containerPort": 53, "protocol": "UDP"}]}))
+        .unwrap()
+    }
+
+    fn spec(guest: GuestConfig, low_ports: bool) -> Result<Spec, TranslateError> {
+        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "web"}})).unwrap();
+        let uid = PodUid::parse(UID).unwrap();
+        let container = container(json!({"limits": {"cpu": "2500m", "memory": "1Gi"}}));
+        let config = config(guest);
+        let clone = ClonedImage {
+            digest: format!("sha256:{}", "0".repeat(64)).parse().unwrap(),
+            config: config.clone(),
+            boot: ClonedBoot::Firmware(ImageFirmware::Uefi),
+            disks: vec![ClonedDisk { path: "/m/disk0".into(), format: ImageDiskFormat::Qcow2, size: 1 << 30 }],
+            nvram: None,
+        };
+        machine(Parts {
+            id: uid.machine(0),
+            uid: &uid,
+            pod: &pod,
+            container: &container,
+            image: "tiny",
+            size: size(&container, "tiny", &config, MachineDefaults::default())?,
+            clone: &clone,
+            address: Ipv4Addr::new(127, 64, 0, 9),
+            key: ("/m/key".into(), "ssh-ed25519 AAAA".to_owned()),
+            user_data: Some("#!/bin/sh\n".to_owned()),
+            accel: Accel::Kvm,
+            host: Some(Arch::Amd64),
+            low_ports,
+        })
+    }
+
+    #[test]
+    fn a_pod_and_an_image_make_a_machine() {
+        insta::assert_json_snapshot!(spec(GuestConfig::default(), false).unwrap());
+    }
+
+    #[test]
+    fn low_ports_are_forwarded_where_they_can_be() {
+        let Network::User { forwards, ssh_port, .. } = spec(GuestConfig::default(), true).unwrap().networks.remove(0) else { panic!() };
+        assert_eq!(ssh_port, 2223, "the pod's own port 2222 comes first");
+        assert_eq!(forwards.len(), 3);
+    }
+
+    #[test]
+    fn guests_without_seed_are_entered_by_password() {
+        let guest = GuestConfig { seed: SeedKind::None, password: Some("admin".to_owned()), ..GuestConfig::default() };
+        let spec_ = spec(guest, false).unwrap();
+        assert_eq!((spec_.seed, spec_.access.auth), (None, Auth::Password(Secret::new("admin"))));
+        let guest = GuestConfig { seed: SeedKind::None, ..GuestConfig::default() };
+        assert!(matches!(spec(guest, false), Err(TranslateError::NoAccess { .. })));
+    }
+
+    #[test]
+    fn sizes_come_from_limits_requests_image_and_node_in_this_order() {
+        let of = |resources: Value| size(&container(resources), "tiny", &config(GuestConfig::default()), MachineDefaults::default());
+        let got = of(json!({"requests": {"cpu": "2", "memory": "300Mi"}, "limits": {"memory": "512Mi", "ephemeral-storage": "8Gi"}})).unwrap();
+        assert_eq!((got.cpus.get(), got.memory, got.disk), (2, Memory::from_mib(512), Some(8 << 30)));
+        let got = of(json!({})).unwrap();
+        assert_eq!((got.cpus.get(), got.memory, got.disk), (2, Memory::from_mib(256), None));
+        let too_small = of(json!({"limits": {"memory": "64Mi"}})).unwrap_err();
+        assert_eq!(
+            too_small.to_string(),
+            "image tiny needs at least 256 MiB of memory, and the container gets 64 MiB: raise its memory request or limit"
+        );
+        assert!(matches!(of(json!({"limits": {"cpu": "1"}})), Err(TranslateError::Cpus { needs: 2, gets: 1, .. })));
+    }
+}

@@ -1,0 +1,179 @@
+//! The worker's jobs: what takes time and runs beside it.
+
+use std::sync::Arc;
+
+use kube::{
+    Api,
+    api::{DeleteParams, Preconditions},
+};
+use vmpod_machine::{Arch, GuestError, MainCommand, MachineError};
+
+use super::{Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod};
+use crate::{env::Facts, translate};
+
+impl Failure {
+    pub(super) fn new(reason: &str, message: impl Into<String>) -> Self {
+        Self { reason: reason.to_owned(), message: message.into() }
+    }
+}
+
+impl Worker {
+    /// The work of a job; none when what it needs is gone, and the next plan will know.
+    pub(super) fn work(&self, job: Job, machine: Option<&Machine>) -> Option<Work> {
+        match job {
+            Job::Resolve => self.resolve(),
+            Job::Prepare => self.prepare(),
+            Job::Start => {
+                let machine = machine?.clone();
+                Some(Box::pin(async move {
+                    match machine.start().await {
+                        // Its state tells why.
+                        Ok(()) | Err(MachineError::Start { .. }) => Ok(Outcome::Started),
+                        Err(error) => Err(Failure::new("RunContainerError", error_chain(&error))),
+                    }
+                }))
+            }
+            Job::StartMain => self.start_main(machine?),
+            Job::Remove => self.remove(),
+            Job::Delete => self.delete(),
+        }
+    }
+
+    fn resolve(&self) -> Option<Work> {
+        let (world, pod) = (Arc::clone(&self.world), self.pod.clone()?);
+        let number = self.record.as_ref()?.next_attempt();
+        let foreign = world.machines.addresses();
+        let address = world.ledger.address(&self.uid, &self.uid.machine(number), &foreign);
+        Some(Box::pin(async move {
+            let container = pod::machine_container(&pod).ok_or_else(|| Failure::new("InvalidPod", "the pod has no container"))?;
+            let Some(address) = address else {
+                return Err(Failure::new("FailedCreatePodSandBox", "no loopback address is free"));
+            };
+            let facts = Facts {
+                host_ip: world.address.to_string(),
+                pod_ip: address.to_string(),
+                allocatable: world.ledger.allocatable(),
+            };
+            let image = async {
+                image_pull::ensure(&world.store, &world.client, &world.registries, &world.events, &pod, container)
+                    .await
+                    .map_err(|trouble| Failure::new(trouble.reason, trouble.message))
+            };
+            let run = async {
+                RunConfig::resolve(&world.client, &pod, container, &facts).await.map_err(|error| {
+                    let message = error.message();
+                    world.events.container(&pod, crate::events::Kind::Warning, "Failed", format!("Error: {message}"));
+                    Failure::new("CreateContainerConfigError", message)
+                })
+            };
+            let (image, run) = futures::try_join!(image, run)?;
+            let name = container.image.clone().unwrap_or_default();
+            Ok(Outcome::Resolved { image: ImageChoice { name, digest: image.digest.to_string() }, run })
+        }))
+    }
+
+    fn prepare(&self) -> Option<Work> {
+        let (world, pod, uid) = (Arc::clone(&self.world), self.pod.clone()?, self.uid.clone());
+        let record = self.record.as_ref()?;
+        let (id, attempt, address) = (record.machine()?, record.attempt.clone()?, record.address?);
+        let user_data = self.run.as_ref().and_then(|run| run.user_data.clone());
+        Some(Box::pin(async move {
+            let failed = |message: String| Failure::new("CreateContainerError", message);
+            let container = pod::machine_container(&pod).ok_or_else(|| failed("the pod has no container".to_owned()))?.clone();
+            let digest = attempt.image.digest.parse().map_err(|error| failed(error_chain(&error)))?;
+            let (store, machines, name) = (world.store.clone(), world.machines.clone(), attempt.image.name.clone());
+            let (holder, defaults) = (id.clone(), world.defaults);
+            // The clone and the key don't wait for each other.
+            let key = tokio::task::spawn_blocking({
+                let (machines, id) = (machines.clone(), id.clone());
+                move || machines.ssh_key(&id).map_err(|error| error_chain(&error))
+            });
+            let clone = tokio::task::spawn_blocking(move || {
+                let image = store.image(digest).map_err(|error| error_chain(&error))?;
+                let image = image.ok_or_else(|| format!("image {name} ({digest}) is no longer in the store"))?;
+                let size = translate::size(&container, &name, &image.config, defaults).map_err(|error| error.to_string())?;
+                let dir = machines.directory(&holder).map_err(|error| error_chain(&error))?;
+                let clone =
+                    store.clone_image(&image, dir.path(), size.disk, holder.as_str()).map_err(|error| error_chain(&error))?;
+                Ok::<_, String>((container, size, clone))
+            });
+            let (key, clone) = futures::try_join!(key, clone).map_err(|error| failed(error.to_string()))?;
+            let (key, (container, size, clone)) = (key.map_err(failed)?, clone.map_err(failed)?);
+            world.faults.hit("node: image cloned").await;
+            let spec = translate::machine(translate::Parts {
+                id,
+                uid: &uid,
+                pod: &pod,
+                container: &container,
+                image: &attempt.image.name,
+                clone: &clone,
+                size,
+                address,
+                key: (key.path, key.public),
+                user_data,
+                accel: world.accel,
+                host: Arch::host(),
+                low_ports: world.low_ports,
+            })
+            .map_err(|error| failed(error.to_string()))?;
+            world.machines.create(spec).await.map_err(|error| failed(error_chain(&error)))?;
+            Ok(Outcome::Prepared)
+        }))
+    }
+
+    fn start_main(&self, machine: &Machine) -> Option<Work> {
+        let Some(run) = self.run.clone() else {
+            return Some(Box::pin(async {
+                Ok(Outcome::MainRefused("what the container runs is no longer known on this node".to_owned()))
+            }));
+        };
+        let process = machine.guest().main_process(MAIN);
+        Some(Box::pin(async move {
+            let command =
+                MainCommand { command: run.command.clone(), env: run.env.clone(), workdir: run.workdir.clone() };
+            match process.start(&command).await {
+                Ok(_) => Ok(Outcome::MainStarted),
+                Err(error @ (GuestError::Refused { .. } | GuestError::Invalid(_) | GuestError::MainLost { .. })) => {
+                    Ok(Outcome::MainRefused(error_chain(&error)))
+                }
+                Err(error) => Err(Failure::new("RunContainerError", error_chain(&error))),
+            }
+        }))
+    }
+
+    /// Removes the machine of the current attempt, whatever its condition.
+    fn remove(&self) -> Option<Work> {
+        let (world, id) = (Arc::clone(&self.world), self.record.as_ref()?.machine()?);
+        Some(Box::pin(async move {
+            let failed = |message: String| Failure::new("FailedKillPod", message);
+            world.machines.remove(&id, true).await.map_err(|error| failed(error_chain(&error)))?;
+            world.faults.hit("node: machine removed").await;
+            let store = world.store.clone();
+            let released = tokio::task::spawn_blocking(move || store.release(id.as_str())).await;
+            match released {
+                Ok(Ok(())) => Ok(Outcome::Removed),
+                Ok(Err(error)) => Err(failed(error_chain(&error))),
+                Err(error) => Err(failed(error.to_string())),
+            }
+        }))
+    }
+
+    /// Deletes the API object, and only this one: another pod of the same name has another UID.
+    fn delete(&self) -> Option<Work> {
+        let pod = self.pod.clone()?;
+        let client = self.world.client.clone();
+        Some(Box::pin(async move {
+            let api: Api<Pod> = Api::namespaced(client, pod::namespace(&pod));
+            let params = DeleteParams {
+                grace_period_seconds: Some(0),
+                preconditions: Some(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None }),
+                ..DeleteParams::default()
+            };
+            match api.delete(pod::name(&pod), &params).await {
+                Ok(_) => Ok(Outcome::Deleted),
+                Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(Outcome::Deleted),
+                Err(error) => Err(Failure::new("FailedKillPod", error_chain(&error))),
+            }
+        }))
+    }
+}

@@ -1,0 +1,188 @@
+//! What all workers share.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use jiff::SignedDuration;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use tokio::sync::watch;
+use vmpod_image::Store;
+use vmpod_machine::{Accel, FaultPoints, Machine, MachineId, Machines, loopback};
+
+use crate::{
+    admit::{self, Refusal, Room},
+    events::Events,
+    logs::Live,
+    options::{MachineDefaults, Registries},
+    pod::{PodUid, Requests},
+    record::{Record, Records},
+    run_config::RunConfig,
+};
+
+/// What all workers share. Nothing here is a pod's own.
+pub(crate) struct World {
+    pub(crate) name: String,
+    pub(crate) address: IpAddr,
+    pub(crate) client: kube::Client,
+    pub(crate) store: Store,
+    pub(crate) machines: Machines,
+    pub(crate) accel: Accel,
+    pub(crate) defaults: MachineDefaults,
+    pub(crate) registries: Registries,
+    pub(crate) records: Records,
+    pub(crate) events: Events,
+    pub(crate) faults: FaultPoints,
+    pub(crate) low_ports: bool,
+    pub(crate) ledger: Ledger,
+    pub(crate) pods: Mutex<BTreeMap<PodUid, Handle>>,
+}
+
+/// What a worker is to bring about.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wanted {
+    /// The pod; none when the API has it no more.
+    pub(crate) pod: Option<Arc<Pod>>,
+    /// The agent ends; machines get so long.
+    pub(crate) agent_stops: Option<SignedDuration>,
+}
+
+/// What a worker shows of its pod.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct View {
+    /// The pod with the status as the worker knows it.
+    pub(crate) pod: Option<Arc<Pod>>,
+    pub(crate) record: Option<Arc<Record>>,
+    /// The machine of the current attempt.
+    pub(crate) machine: Option<Machine>,
+    pub(crate) run: Option<Arc<RunConfig>>,
+    /// Who writes the current attempt's log.
+    pub(crate) log: Option<Live>,
+    /// Nothing of the pod runs, and the record says so.
+    pub(crate) quiet: bool,
+}
+
+/// A pod's worker, from outside.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    pub(crate) wanted: watch::Sender<Wanted>,
+    pub(crate) view: watch::Receiver<View>,
+    pub(crate) task: tokio::task::AbortHandle,
+}
+
+impl World {
+    pub(crate) fn pods(&self) -> MutexGuard<'_, BTreeMap<PodUid, Handle>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What every worker shows now.
+    pub(crate) fn views(&self) -> Vec<View> {
+        self.pods().values().map(|handle| handle.view.borrow().clone()).collect()
+    }
+}
+
+/// Who was given what of the node.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    inner: Mutex<Book>,
+}
+
+#[derive(Debug, Default)]
+struct Book {
+    allocatable: Requests,
+    most_pods: u32,
+    admitted: BTreeMap<PodUid, Requests>,
+    addresses: BTreeMap<PodUid, Ipv4Addr>,
+    node: Option<Arc<Node>>,
+}
+
+impl Ledger {
+    pub(crate) fn new(allocatable: Requests, most_pods: u32) -> Self {
+        Self { inner: Mutex::new(Book { allocatable, most_pods, ..Book::default() }) }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the node offers.
+    pub(crate) fn allocatable(&self) -> Requests {
+        self.book().allocatable
+    }
+
+    /// The Node object, for labels and taints.
+    pub(crate) fn set_node(&self, node: Arc<Node>) {
+        self.book().node = Some(node);
+    }
+
+    /// Counts in a pod that an earlier agent admitted.
+    pub(crate) fn restore(&self, uid: &PodUid, pod: &Pod, address: Option<Ipv4Addr>) {
+        let mut book = self.book();
+        book.admitted.insert(uid.clone(), Requests::of(pod));
+        if let Some(address) = address {
+            book.addresses.insert(uid.clone(), address);
+        }
+    }
+
+    /// Decides whether a pod may run here, and counts it in if so.
+    pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str) -> Result<(), Refusal> {
+        admit::supported(pod)?;
+        let mut book = self.book();
+        let used = book.admitted.iter().filter(|(other, _)| *other != uid);
+        let (count, used) = used.fold((0u32, Requests::default()), |(count, sum), (_, asked)| (count + 1, sum.plus(*asked)));
+        let room = Room { allocatable: book.allocatable, pods: book.most_pods, used, admitted: count };
+        let object = book.node.clone();
+        let labels = object.as_ref().and_then(|node| node.metadata.labels.clone()).unwrap_or_default();
+        admit::fits(pod, &labels, node, &room)?;
+        if let Some(object) = &object {
+            admit::tolerates(pod, object)?;
+        }
+        book.admitted.insert(uid.clone(), Requests::of(pod));
+        Ok(())
+    }
+
+    /// The pod's address: the one it has, else a free one.
+    pub(crate) fn address(&self, uid: &PodUid, machine: &MachineId, foreign: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
+        let mut book = self.book();
+        if let Some(address) = book.addresses.get(uid) {
+            return Some(*address);
+        }
+        let used: BTreeSet<_> = book.addresses.values().chain(foreign).copied().collect();
+        let address = loopback::allocate(machine, &used)?;
+        book.addresses.insert(uid.clone(), address);
+        Some(address)
+    }
+
+    /// The pod needs nothing any more.
+    pub(crate) fn release(&self, uid: &PodUid) {
+        let mut book = self.book();
+        book.admitted.remove(uid);
+        book.addresses.remove(uid);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_one_pod_has_no_other_gets() {
+        let ledger = Ledger::new(Requests { millicpus: 1000, memory: 100, ephemeral: 0 }, 10);
+        let pod: Pod = serde_json::from_value(json!({"spec": {"containers": [{"name": "vm", "resources": {"requests": {"memory": "60"}}}]}})).unwrap();
+        let (a, b) = (PodUid::parse("a").unwrap(), PodUid::parse("b").unwrap());
+        ledger.admit(&a, &pod, "n").unwrap();
+        ledger.admit(&a, &pod, "n").unwrap();
+        assert_eq!(ledger.admit(&b, &pod, "n").unwrap_err().reason, "OutOfmemory");
+        let none = BTreeSet::new();
+        let first = ledger.address(&a, &a.machine(0), &none).unwrap();
+        assert_eq!(ledger.address(&a, &a.machine(1), &none), Some(first), "an address belongs to the pod, not to its machine");
+        let taken = BTreeSet::from([ledger.address(&b, &b.machine(0), &none).unwrap()]);
+        assert!(!taken.contains(&first));
+        ledger.release(&a);
+        ledger.admit(&b, &pod, "n").unwrap();
+    }
+}
