@@ -1,0 +1,246 @@
+//! Images and a real registry: Debian's docker-registry on a loopback port, with skopeo as the other client.
+
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::prerequisites::{program, scratch};
+use tokio::process::{Child, Command};
+use vmpod_image::{
+    Credentials, ImportOptions, PullError, PullOptions, PushOptions, Reference, Source, Store, export_oci_layout, import,
+    pull, push,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const MIB: u64 = 1 << 20;
+const USER: &str = "ci";
+const PASSWORD: &str = "open sesame";
+/// bcrypt of [`PASSWORD`].
+const HTPASSWD: &str = "$2y$05$abcdefghijklmnopqrstuupx2xBUC4954936wVIjyyPHmUBFu0wCW";
+
+/// A registry that ends with the test.
+struct Registry {
+    host: String,
+    dir: tempfile::TempDir,
+    _child: Child,
+}
+
+impl Registry {
+    /// Starts it: without TLS and open to all, or with TLS and a password.
+    async fn start(secure: bool) -> Result<Self> {
+        let binary = program("docker-registry", "docker-registry")?;
+        let dir = tempfile::Builder::new().prefix("image-").tempdir_in(scratch()?)?;
+        let port = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+        let host = format!("127.0.0.1:{port}");
+        let at = |name: &str| dir.path().join(name);
+        let mut config = format!(
+            "version: 0.1\nlog: {{level: error, accesslog: {{disabled: true}}}}\n\
+             storage: {{filesystem: {{rootdirectory: {}}}}}\nhttp:\n  addr: {host}\n",
+            at("data").display()
+        );
+        if secure {
+            certificates(dir.path())?;
+            std::fs::write(at("htpasswd"), format!("{USER}:{HTPASSWD}\n"))?;
+            let (certificate, key, passwords) = (at("server.pem"), at("server.key"), at("htpasswd"));
+            config.push_str(&format!(
+                "  tls: {{certificate: {}, key: {}}}\nauth: {{htpasswd: {{realm: test, path: {}}}}}\n",
+                certificate.display(),
+                key.display(),
+                passwords.display()
+            ));
+        }
+        std::fs::write(at("config.yml"), config)?;
+        let log = std::fs::File::create(at("log"))?;
+        let child = Command::new(binary)
+            .arg("serve")
+            .arg(at("config.yml"))
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()?;
+        let registry = Self { host, dir, _child: child };
+        let listens = async {
+            while tokio::net::TcpStream::connect(&registry.host).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        tokio::time::timeout(PATIENCE, listens).await.with_context(|| {
+            format!("the registry doesn't listen: {}", std::fs::read_to_string(registry.path("log")).unwrap_or_default())
+        })?;
+        Ok(registry)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn image(&self, rest: &str) -> Result<Reference> {
+        Ok(Reference::parse(&format!("{}/{rest}", self.host))?)
+    }
+
+    fn store(&self, name: &str) -> Result<Store> {
+        Ok(Store::open(&self.path(name))?)
+    }
+
+    /// The bytes that the registry keeps.
+    fn stored(&self) -> Result<u64> {
+        fn size(dir: &Path) -> Result<u64> {
+            let mut sum = 0;
+            for entry in std::fs::read_dir(dir)? {
+                let entry = entry?;
+                sum += if entry.file_type()?.is_dir() { size(&entry.path())? } else { entry.metadata()?.len() };
+            }
+            Ok(sum)
+        }
+        size(&self.path("data"))
+    }
+}
+
+/// `ca.pem`, and a server's certificate by it.
+fn certificates(dir: &Path) -> Result<()> {
+    let ca_key = rcgen::KeyPair::generate()?;
+    let mut ca = rcgen::CertificateParams::default();
+    ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    ca.distinguished_name.push(rcgen::DnType::CommonName, "test authority");
+    std::fs::write(dir.join("ca.pem"), ca.self_signed(&ca_key)?.pem())?;
+    let issuer = rcgen::Issuer::new(ca, ca_key);
+    let key = rcgen::KeyPair::generate()?;
+    let server = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()])?.signed_by(&key, &issuer)?;
+    std::fs::write(dir.join("server.pem"), server.pem())?;
+    std::fs::write(dir.join("server.key"), key.serialize_pem())?;
+    Ok(())
+}
+
+/// A disk of 96 MiB, most of it holes; `version` changes 1 MiB of it.
+fn disk(path: &Path, version: u8) -> Result<()> {
+    let file = std::fs::File::create(path)?;
+    file.set_len(96 * MIB)?;
+    let mut state = 1u32;
+    for window in 0..10 {
+        let part: Vec<u8> = (0..MIB)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                state.to_be_bytes()[0]
+            })
+            .collect();
+        file.write_all_at(&part, window * 9 * MIB)?;
+    }
+    file.write_all_at(&[version; 1 << 20], 30 * MIB)?;
+    Ok(())
+}
+
+fn disk_of(store: &Store, image: &vmpod_image::Image) -> Result<Vec<u8>> {
+    Ok(std::fs::read(store.dir().join("images").join(image.digest.hex()).join("disk-0.raw"))?)
+}
+
+async fn skopeo(arguments: &[&str]) -> Result<String> {
+    let mut command = Command::new(program("skopeo", "skopeo")?);
+    command.arg("--insecure-policy").args(arguments);
+    e2e::run(command, None, PATIENCE).await?.ok()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_pushed_comes_back_and_versions_share_windows() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let (here, there) = (registry.store("here")?, registry.store("there")?);
+    let local = Reference::parse("guest")?;
+    let mut sizes = Vec::new();
+    for version in [1, 2] {
+        disk(&registry.path("disk.raw"), version)?;
+        let image = import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+        let remote = registry.image(&format!("ci/guest:{version}"))?;
+        ensure!(push(&here, &local, &remote, PushOptions::default()).await? == image.digest);
+        let pulled = pull(&there, &remote, PullOptions::default()).await?;
+        ensure!(pulled.digest == image.digest && disk_of(&here, &image)? == disk_of(&there, &pulled)?);
+        ensure!(pulled.stored_bytes < 16 * MIB, "holes stay holes: {} bytes", pulled.stored_bytes);
+        sizes.push(registry.stored()?);
+    }
+    ensure!(sizes[1] - sizes[0] < MIB, "the second version costs one window: {sizes:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_and_passwords() -> Result<()> {
+    let registry = Registry::start(true).await?;
+    let (here, there) = (registry.store("here")?, registry.store("there")?);
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    let remote = registry.image("ci/guest:1")?;
+
+    let config = |password: &str| {
+        let auths = serde_json::json!({"auths": {registry.host.clone(): {"username": USER, "password": password}}});
+        Credentials::default().with_docker_config(auths.to_string())
+    };
+    let ca_files = vec![registry.path("ca.pem")];
+    let options = |credentials| PullOptions { credentials, ca_files: ca_files.clone(), ..PullOptions::default() };
+    let once = vmpod_image::Retry { attempts: 1, ..vmpod_image::Retry::default() };
+
+    let unknown = PullOptions { credentials: config(PASSWORD), retry: once, ..PullOptions::default() };
+    let error = pull(&there, &remote, unknown).await.err().context("an unknown authority must not be trusted")?;
+    ensure!(format!("{error:?}").contains("UnknownIssuer"), "{error:?}");
+    for credentials in [Credentials::default(), config("wrong")] {
+        let error = pull(&there, &remote, options(credentials)).await.err().context("nobody gets in without")?;
+        ensure!(matches!(error, PullError::Denied { .. }), "{error:?}");
+    }
+    let to = PushOptions { credentials: config(PASSWORD), ca_files: ca_files.clone(), ..PushOptions::default() };
+    let digest = push(&here, &local, &remote, to).await?;
+    ensure!(pull(&there, &remote, options(config(PASSWORD))).await?.digest == digest);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn skopeo_reads_what_we_write_and_we_read_what_it_writes() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let (here, there) = (registry.store("here")?, registry.store("there")?);
+    disk(&registry.path("disk.raw"), 1)?;
+    std::fs::write(registry.path("kernel"), vec![3; 5 << 20])?;
+    let local = Reference::parse("guest:v1")?;
+    let options = ImportOptions { kernel: Some(registry.path("kernel")), ..ImportOptions::default() };
+    let image = import(&here, Source::Raw(registry.path("disk.raw")), &local, options).await?;
+    push(&here, &local, &registry.image("ci/guest:v1")?, PushOptions::default()).await?;
+
+    let remote = format!("docker://{}/ci/guest:v1", registry.host);
+    let layout = registry.path("skopeo.oci");
+    skopeo(&["copy", "--src-tls-verify=false", &remote, &format!("oci:{}:v1", layout.display())]).await?;
+    let imported = import(&there, Source::OciLayout(layout), &local, ImportOptions::default()).await?;
+    ensure!(imported.digest == image.digest && disk_of(&there, &imported)? == disk_of(&here, &image)?);
+
+    let ours = registry.path("ours.oci");
+    export_oci_layout(&there, &imported, &ours, &local).await?;
+    let copy = format!("docker://{}/ci/copy:v1", registry.host);
+    skopeo(&["copy", "--dest-tls-verify=false", &format!("oci:{}:v1", ours.display()), &copy]).await?;
+    let pulled = pull(&there, &registry.image("ci/copy:v1")?, PullOptions::default()).await?;
+    ensure!(pulled.digest == image.digest && pulled.references.len() == 2);
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_blob_in_the_registry_is_named_and_never_shown() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let (here, there) = (registry.store("here")?, registry.store("there")?);
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    let remote = registry.image("ci/guest:1")?;
+    push(&here, &local, &remote, PushOptions::default()).await?;
+    let layout = registry.path("x.oci");
+    let image = here.get(&local)?.context("just imported")?;
+    export_oci_layout(&here, &image, &layout, &local).await?;
+    let blob = std::fs::read_dir(layout.join("blobs/sha256"))?
+        .filter_map(|entry| Some((entry.as_ref().ok()?.metadata().ok()?.len(), entry.ok()?.file_name().into_string().ok()?)))
+        .max()
+        .context("the layout has blobs")?
+        .1;
+    let path = registry.path("data/docker/registry/v2/blobs/sha256").join(&blob[..2]).join(&blob).join("data");
+    let mut bytes = std::fs::read(&path)?;
+    bytes[4321] ^= 1;
+    std::fs::write(&path, bytes)?;
+    let error = pull(&there, &remote, PullOptions::default()).await.err().context("wrong bytes must not pass")?;
+    ensure!(format!("{error:?}").contains(&blob), "{error:?}");
+    ensure!(there.list()?.is_empty());
+    Ok(())
+}
