@@ -10,7 +10,7 @@ deps: ## install everything that any command below needs
 	scripts/prerequisites build guest test e2e demo
 
 build: ## compile vmpod to target/debug/vmpod
-	scripts/prerequisites build && cargo build --workspace --all-targets --locked
+	scripts/prerequisites build && cargo build --workspace --bins --locked
 
 guest: build ## make target/guest/tiny.oci, a guest that boots in seconds
 	scripts/prerequisites guest && guests/tiny/build

@@ -29,7 +29,7 @@ need() {
 }
 
 # What a guest was made from: the same stamp means there is nothing to do.
-stamp() { cat "$root/guests/lib.sh" "$root/guests/import.sh" "$@" | sha256sum | cut -d' ' -f1; }
+stamp() { cat "$root/guests/lib.sh" "$@" | sha256sum | cut -d' ' -f1; }
 
 fresh() { [ -e "$out/$guest.oci/index.json" ] && [ "$(cat "$out/$guest.stamp" 2>/dev/null)" = "$1" ]; }
 
@@ -122,4 +122,17 @@ initrd() {
     find "$tree" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
     (cd "$tree" && find . -mindepth 1 -printf '%P\n' | sort | cpio --quiet -o -H newc -R 0:0 --reproducible) |
         lz4 -l -9 -q - "$file"
+}
+
+# Turns the finished guest NAME into target/guest/GUEST.oci by vmpod's own commands: imports it, with the arguments that
+# follow, into a store of the build's own, and exports it from there.
+publish() {
+    local name=$1
+    shift
+    [ -x "$vmpod" ] || die "$vmpod isn't built; run \`make build\` first"
+    local home=$work/home
+    "$vmpod" --home "$home" image import "$@"
+    "$vmpod" --home "$home" image export "$name" "$work/$guest.oci"
+    rm -rf "$out/$guest.oci"
+    mv "$work/$guest.oci" "$out/$guest.oci"
 }
