@@ -12,6 +12,7 @@ pub mod command;
 pub mod home;
 pub mod leaks;
 pub mod patience;
+pub mod pods;
 pub mod prerequisites;
 pub mod up;
 

@@ -1,0 +1,67 @@
+//! A real distribution, prepared by cloud-init.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use e2e::prerequisites;
+use e2e::{Home, eventually_within};
+use serde_json::json;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn debian_gets_its_name_and_key_by_cloud_init() -> Result<()> {
+    let home = Home::new("debian")?;
+    home.import(&prerequisites::debian()?, "debian:12").await?;
+    let up = home.up(&[]).await?;
+    up.apply(&json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": "bookworm",
+            "annotations": {"vmpod.dev/user-data": "#cloud-config\nwrite_files:\n- {path: /root/told, content: by cloud-init}\n"},
+        },
+        "spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 20,
+            "containers": [{
+                "name": "machine",
+                "image": "debian:12",
+                "imagePullPolicy": "Never",
+                "resources": {"requests": {"cpu": "2", "memory": "768Mi", "ephemeral-storage": "3Gi"}},
+            }],
+        },
+    }))
+    .await?;
+    eventually_within(Duration::from_secs(300), "Debian answers", || async {
+        up.kubectl_ok(&["wait", "pod/bookworm", "--for=condition=Ready", "--timeout=100s"]).await.map(drop)
+    })
+    .await?;
+
+    let exec = |words: &'static [&'static str]| {
+        let args: Vec<&str> = ["exec", "bookworm", "--"].iter().chain(words).copied().collect();
+        let command = up.kubectl_command(&args);
+        async move { e2e::run(command?, None, Duration::from_secs(150)).await }
+    };
+    ensure!(exec(&["hostname"]).await?.ok()?.trim() == "bookworm");
+    // 0 means running; anything else, such as degraded, is a failure and is told.
+    let running = exec(&["systemctl", "is-system-running", "--wait"]).await?;
+    if running.code != Some(0) {
+        let failed = exec(&["systemctl", "--failed", "--no-pager"]).await?;
+        anyhow::bail!("{running}\n{failed}");
+    }
+    ensure!(running.stdout.trim() == "running", "{running}");
+    let status = exec(&["cloud-init", "status", "--wait"]).await?.ok()?;
+    ensure!(status.contains("done"), "{status}");
+    ensure!(exec(&["cat", "/root/told"]).await?.ok()? == "by cloud-init");
+    let keys = exec(&["cat", "/root/.ssh/authorized_keys"]).await?.ok()?;
+    ensure!(keys.contains("ssh-ed25519"), "{keys:?}");
+    // The disk was grown to what the pod asked for.
+    let size = exec(&["sh", "-c", "lsblk -bdno SIZE $(findmnt -no SOURCE / | sed 's/[0-9]*$//')"]).await?;
+    if let Ok(bytes) = size.stdout.trim().parse::<u64>() {
+        ensure!(bytes == 3 << 30, "the disk has {bytes} bytes");
+    }
+
+    up.kubectl_ok(&["delete", "pod", "bookworm", "--timeout=90s"]).await?;
+    home.assert_clean().await?;
+    up.stop().await?;
+    home.assert_no_process()
+}
