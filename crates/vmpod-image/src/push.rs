@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 
 use crate::blobs::{BlobError, Retry};
@@ -122,7 +122,7 @@ pub async fn push(store: &Store, from: &Reference, to: &Reference, options: Push
         report: &report,
     };
     let changed: HashMap<Digest, Descriptor> = futures::stream::iter(layers)
-        .map(|layer| upload.layer(layer))
+        .map(|layer| upload.layer(layer).boxed())
         .buffer_unordered(jobs)
         .try_filter_map(async |changed| Ok(changed))
         .try_collect()

@@ -18,7 +18,7 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use tokio::sync::Semaphore;
 
 use crate::blobs::{BlobError, Blobs, Retry};
@@ -108,8 +108,8 @@ struct Local {
 }
 
 /// Streams that are equal: fetched once, written to each of their places.
-struct Job<'a> {
-    layer: &'a Layer,
+struct Job {
+    /// Their places in the plan, at least one.
     indexes: Vec<usize>,
 }
 
@@ -143,8 +143,11 @@ pub(crate) async fn transfer(
         report.reuse(bytes_of(&plan.layers[index]));
     }
     let jobs = jobs(plan, &finished);
-    let done: Vec<Vec<(usize, Raw)>> =
-        futures::stream::iter(jobs).map(|job| context.run(job, plan)).buffer_unordered(JOBS).try_collect().await?;
+    let done: Vec<Vec<(usize, Raw)>> = futures::stream::iter(jobs)
+        .map(|job| context.run(job, plan).boxed())
+        .buffer_unordered(JOBS)
+        .try_collect()
+        .await?;
     finished.extend(done.into_iter().flatten());
     Ok(outcome(plan, &finished))
 }
@@ -174,15 +177,15 @@ fn bytes_of(layer: &Layer) -> u64 {
     layer.blobs.iter().map(|blob| blob.size).sum()
 }
 
-fn jobs<'a>(plan: &'a Plan, finished: &HashMap<usize, Raw>) -> Vec<Job<'a>> {
-    let mut jobs: Vec<Job<'a>> = Vec::new();
+fn jobs(plan: &Plan, finished: &HashMap<usize, Raw>) -> Vec<Job> {
+    let mut jobs: Vec<Job> = Vec::new();
     let mut same: HashMap<(&[crate::format::Blob], crate::format::Encoding), usize> = HashMap::new();
     for (index, layer) in plan.layers.iter().enumerate() {
         if finished.contains_key(&index) {
             continue;
         }
         let at = *same.entry((&layer.blobs, layer.encoding)).or_insert_with(|| {
-            jobs.push(Job { layer, indexes: Vec::new() });
+            jobs.push(Job { indexes: Vec::new() });
             jobs.len() - 1
         });
         jobs[at].indexes.push(index);
@@ -224,7 +227,7 @@ fn local_windows(store: &Store, plan: &Plan) -> Result<HashMap<Digest, Local>, S
 }
 
 impl Context {
-    async fn run(&self, job: Job<'_>, plan: &Plan) -> Result<Vec<(usize, Raw)>, TransferError> {
+    async fn run(&self, job: Job, plan: &Plan) -> Result<Vec<(usize, Raw)>, TransferError> {
         let sinks: Vec<(Arc<File>, u64)> = job
             .indexes
             .iter()
@@ -233,15 +236,16 @@ impl Context {
                 Some((Arc::clone(self.files.get(&part)?), offset))
             })
             .collect();
-        let raw = match self.copy(job.layer, &sinks).await? {
+        let Some(layer) = job.indexes.first().map(|&index| &plan.layers[index]) else { return Ok(Vec::new()) };
+        let raw = match self.copy(layer, &sinks).await? {
             Some(raw) => {
-                self.report.reuse(bytes_of(job.layer));
+                self.report.reuse(bytes_of(layer));
                 raw
             }
-            None => self.fetch(job.layer, &sinks).await?,
+            None => self.fetch(layer, &sinks).await?,
         };
         for _ in 1..job.indexes.len() {
-            self.report.reuse(bytes_of(job.layer));
+            self.report.reuse(bytes_of(layer));
         }
         let mut journal = self.journal.lock().unwrap_or_else(PoisonError::into_inner);
         for &index in &job.indexes {

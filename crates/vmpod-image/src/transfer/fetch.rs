@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::Arc;
 
-use futures::StreamExt as _;
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::report::Reporter;
@@ -106,8 +106,9 @@ impl Fetcher {
                 at = blob.size.min(at.saturating_add(SEGMENT));
                 (start < at).then_some((start, at))
             });
-            let mut segments =
-                futures::stream::iter(ranges).map(|(start, end)| self.segment(blob, start, end)).buffered(AHEAD);
+            let mut segments = futures::stream::iter(ranges)
+                .map(|(start, end)| self.segment(blob, start, end).boxed())
+                .buffered(AHEAD);
             while let Some(piece) = segments.next().await {
                 if sender.send(piece.map_err(fail)?).await.is_err() {
                     return Ok(());

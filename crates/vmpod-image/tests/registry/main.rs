@@ -434,6 +434,22 @@ async fn a_killed_pull_goes_on_where_it_was() {
     assert!(finished == 0, "the kills came too late to mean anything");
 }
 
+#[test]
+fn every_future_can_be_sent() {
+    fn sendable(_: &(impl Send + 'static)) {}
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    sendable(&async move {
+        let (a, b) = (name("a"), name("b"));
+        drop(pull(&store, &a, pull_options()).await);
+        drop(push(&store, &a, &b, push_options()).await);
+        drop(import(&store, Source::Kernel, &a, ImportOptions::default()).await);
+        let image = store.get(&a).unwrap().unwrap();
+        drop(vmpod_image::export_oci_layout(&store, &image, Path::new("/"), &a).await);
+        drop(Credentials::default().resolve("h", "r").await);
+    });
+}
+
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
