@@ -12,10 +12,13 @@ use futures::stream::BoxStream;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, watch};
 
+mod carry;
+mod connect;
 pub mod keys;
 pub mod main_process;
 pub(crate) mod shell;
 pub(crate) mod ssh;
+mod supervisor;
 
 use main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started};
 
@@ -291,8 +294,9 @@ impl ExecControl {
 
 impl ExecSession {
     /// Waits for the command's end.
-    pub async fn wait(&self) -> Result<ExitStatus, GuestError> {
-        self.control.wait().await
+    pub fn wait(&self) -> impl Future<Output = Result<ExitStatus, GuestError>> + Send + use<> {
+        let control = self.control.clone();
+        async move { control.wait().await }
     }
 
     /// Reads all output to the end and waits: `(status, stdout, stderr)`. For short commands.

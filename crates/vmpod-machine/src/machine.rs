@@ -9,6 +9,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::console;
 use crate::directory::{self, MachineDir};
 use crate::fault::FaultPoints;
 use crate::guest::Guest;
@@ -17,6 +18,11 @@ use crate::id::MachineId;
 use crate::lifecycle::{Denied, Effect, Exit, Input, State, step};
 use crate::machines::MachineError;
 use crate::spec::Spec;
+
+/// How much of a console is kept, at least.
+const CONSOLE_KEPT: u64 = 16 << 20;
+/// How often a console is looked at.
+const TRIM_EVERY: Duration = Duration::from_secs(30);
 
 /// A machine of this host. A cheap handle; dropping it stops nothing.
 #[derive(Clone, Debug)]
@@ -189,6 +195,7 @@ impl Driver {
     /// Drives the machine until nobody can ask for anything any more.
     pub(crate) async fn run(mut self) {
         let mut exiting = self.process.clone().map(watch_exit);
+        let mut trim = tokio::time::interval(TRIM_EVERY);
         loop {
             let deadline = match &*self.state.borrow() {
                 State::Stopping { deadline } if self.process.is_some() => Some(*deadline),
@@ -229,6 +236,12 @@ impl Driver {
                     self.process = None;
                     Input::Exited(exit)
                 },
+                _ = trim.tick(), if self.process.is_some() => {
+                    if let Err(error) = console::trim(&self.dir.console(), CONSOLE_KEPT) {
+                        tracing::warn!(machine = %self.spec.id, %error, "the console can't be trimmed");
+                    }
+                    continue;
+                }
                 () = sleep_until(deadline) => {
                     let result = self.take(Input::DeadlinePassed).await;
                     debug_assert!(result.is_ok(), "a deadline is never denied");

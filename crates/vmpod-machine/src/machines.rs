@@ -159,6 +159,12 @@ impl Machines {
         self.inner.hypervisor.name()
     }
 
+    /// The directory of all machines.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
     /// Where a machine's files are. The directory is made, so that disks can be put there before `create`.
     pub fn directory(&self, id: &MachineId) -> Result<MachineDir, MachineError> {
         let dir = MachineDir::new(&self.inner.root, id);

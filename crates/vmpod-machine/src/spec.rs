@@ -236,8 +236,9 @@ impl MacAddr {
     #[must_use]
     pub fn derive(name: &str) -> Self {
         let id = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, format!("vmpod:mac:{name}").as_bytes());
-        let [a, b, c, d, e, ..] = *id.as_bytes();
-        Self([0x02, a, b, c, d, e])
+        let mut octets = [0x02; 6];
+        octets[1..].copy_from_slice(&id.as_bytes()[..5]);
+        Self(octets)
     }
 
     /// The octets.
@@ -249,8 +250,11 @@ impl MacAddr {
 
 impl fmt::Display for MacAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+        for (index, octet) in self.0.iter().enumerate() {
+            let colon = if index == 0 { "" } else { ":" };
+            write!(f, "{colon}{octet:02x}")?;
+        }
+        Ok(())
     }
 }
 
