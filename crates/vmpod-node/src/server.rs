@@ -93,3 +93,6 @@ impl Server {
     }
 }
 
+
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,8 @@
 //!
 //! Protocol facts are from the SPDY protocol draft 3.1 and the sources of spdystream.
 
+#[cfg(test)]
+pub(crate) mod client;
 mod frame;
 mod headers;
 mod session;

@@ -687,3 +687,6 @@ fn handle(
     Ok(())
 }
 
+
+#[cfg(test)]
+mod tests;
