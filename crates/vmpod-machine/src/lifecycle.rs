@@ -178,14 +178,15 @@ pub fn step(state: State, input: Input) -> Result<(State, Vec<Effect>), Denied> 
         (S::Booting, I::Stop { deadline }) => (S::Stopping { deadline }, vec![]),
         (S::Booting, I::Kill { now }) => (S::Stopping { deadline: now }, vec![]),
 
-        (S::Running, I::Stop { deadline }) => (S::Stopping { deadline }, vec![E::PowerDown]),
+        (S::Running, I::Stop { deadline }) | (S::Stopping { deadline }, I::Started) => {
+            (S::Stopping { deadline }, vec![E::PowerDown])
+        }
         // A guest that holds still can't hear its power button.
         (S::Paused, I::Stop { deadline }) => (S::Stopping { deadline }, vec![E::Resume, E::PowerDown]),
         (S::Running | S::Paused, I::Kill { now }) => (S::Stopping { deadline: now }, vec![E::Kill]),
         (S::Running, I::Pause) => (S::Paused, vec![E::Pause]),
         (S::Paused, I::Resume) => (S::Running, vec![E::Resume]),
 
-        (S::Stopping { deadline }, I::Started) => (S::Stopping { deadline }, vec![E::PowerDown]),
         // Somebody may shorten the time that is left and never lengthen it. The button is pressed again: a guest that
         // was booting the first time has not heard it.
         (S::Stopping { deadline }, I::Stop { deadline: other }) => {

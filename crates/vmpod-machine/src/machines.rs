@@ -202,7 +202,7 @@ impl Machines {
         }
         directory::write_json(&dir.spec(), &spec).map_err(io_error("write", &dir.spec()))?;
         self.inner.faults.hit("machines: spec written").await;
-        Ok(self.drive(spec, dir, State::Preparing, None))
+        Ok(self.drive(&spec, &dir, State::Preparing, None))
     }
 
     /// A machine that is known.
@@ -277,7 +277,7 @@ impl Machines {
         // The exit record is written when the process is known to be gone, so it needs no further look.
         match directory::read_json::<Exit>(&dir.exit()) {
             Ok(Some(exit)) => {
-                let machine = self.drive(spec, dir.clone(), State::Stopped(exit.clone()), None);
+                let machine = self.drive(&spec, dir, State::Stopped(exit.clone()), None);
                 return (Adopted::Stopped(exit), Some(machine));
             }
             Ok(None) => {}
@@ -286,18 +286,18 @@ impl Machines {
         match hypervisor.find(&spec, dir).await {
             Err(error) => broken(error_chain(&error)),
             Ok(Some(process)) => {
-                let machine = self.drive(spec, dir.clone(), State::Running, Some(process));
+                let machine = self.drive(&spec, dir, State::Running, Some(process));
                 (Adopted::Running, Some(machine))
             }
             Ok(None) => match hypervisor.autopsy(&spec, dir).await {
                 Err(error) => broken(error_chain(&error)),
-                Ok(None) => (Adopted::Prepared, Some(self.drive(spec, dir.clone(), State::Preparing, None))),
+                Ok(None) => (Adopted::Prepared, Some(self.drive(&spec, dir, State::Preparing, None))),
                 Ok(Some(exit)) => {
                     if let Err(error) = directory::write_json(&dir.exit(), &exit) {
                         return broken(format!("its exit.json can't be written: {error}"));
                     }
                     self.inner.faults.hit("machines: exit recorded").await;
-                    let machine = self.drive(spec, dir.clone(), State::Stopped(exit.clone()), None);
+                    let machine = self.drive(&spec, dir, State::Stopped(exit.clone()), None);
                     (Adopted::Stopped(exit), Some(machine))
                 }
             },
@@ -354,8 +354,8 @@ impl Machines {
 
     fn drive(
         &self,
-        spec: Spec,
-        dir: MachineDir,
+        spec: &Spec,
+        dir: &MachineDir,
         state: State,
         process: Option<Box<dyn crate::hypervisor::Process>>,
     ) -> Machine {
@@ -364,14 +364,12 @@ impl Machines {
         let id = spec.id.clone();
         let (machine, driver) =
             Driver::new(spec.clone(), dir.clone(), state, process, hypervisor, self.inner.faults.clone(), |state| {
-                match self.inner.hypervisor.link(&spec, &dir) {
-                    Some(link) => Guest::new(link),
-                    None => {
-                        let (link, task) = ssh::SshLink::start(&spec, &dir, state);
-                        tasks.push(task);
-                        Guest::new(link)
-                    }
+                if let Some(link) = self.inner.hypervisor.link(spec, dir) {
+                    return Guest::new(link);
                 }
+                let (link, task) = ssh::SshLink::start(spec, dir, state);
+                tasks.push(task);
+                Guest::new(link)
             });
         tasks.push(tokio::spawn(driver.run()).abort_handle());
         self.known().insert(id, Entry { machine: machine.clone(), tasks });

@@ -392,9 +392,8 @@ impl Spec {
     /// The address at which this host reaches the guest's SSH server, when there is one.
     #[must_use]
     pub fn ssh_address(&self) -> Option<std::net::SocketAddr> {
-        self.networks.iter().find_map(|network| match network {
-            Network::User { address, ssh_port, .. } => Some((*address, *ssh_port).into()),
-        })
+        let Network::User { address, ssh_port, .. } = self.networks.first()?;
+        Some((*address, *ssh_port).into())
     }
 }
 

@@ -30,9 +30,8 @@ impl Watch {
         if !self.on_file {
             match inotify::add_watch(self.events.get_ref(), &self.path, WatchFlags::MODIFY) {
                 Ok(_) => self.on_file = true,
+                // Not there yet.
                 Err(rustix::io::Errno::NOENT) => {}
-                // A socket can't be opened, and its appearance is all there is to see.
-                Err(rustix::io::Errno::NXIO | rustix::io::Errno::ACCESS) => {}
                 Err(error) => return Err(error.into()),
             }
         }

@@ -58,22 +58,19 @@ fn in_sh(script: &str) -> String {
 }
 
 fn rest(exec: &Exec) -> String {
-    let mut rest = String::new();
-    if let Some(workdir) = &exec.workdir {
-        rest.push_str(&format!("cd {} || exit 126; ", shell::quote(&directory(workdir))));
-    }
-    rest.push_str(&format!("exec {}", shell::join(&exec.command)));
-    rest
+    let cd = exec.workdir.as_ref().map(|workdir| change_directory(workdir) + "; ").unwrap_or_default();
+    format!("{cd}exec {}", shell::join(&exec.command))
 }
 
-/// A directory that `cd` takes for no option and looks for nowhere else.
-pub(super) fn directory(path: &str) -> String {
-    if path.starts_with('/') { path.to_owned() } else { format!("./{path}") }
+/// Shell text that changes to a directory, or ends. `cd` must not take it for an option or look for it elsewhere.
+pub(super) fn change_directory(path: &str) -> String {
+    let path = if path.starts_with('/') { path.to_owned() } else { format!("./{path}") };
+    format!("cd {} || exit 126", shell::quote(&path))
 }
 
 /// Shell text that exports an environment; on one line when asked, with `$vmpod_nl` for newlines.
 pub(super) fn exports(env: &[(String, String)], one_line: bool) -> Result<String, GuestError> {
-    let mut text = String::from(":");
+    let mut parts = vec![":".to_owned()];
     for (name, value) in env {
         let mut bytes = name.bytes();
         let letter = |b: u8| b.is_ascii_alphabetic() || b == b'_';
@@ -87,9 +84,9 @@ pub(super) fn exports(env: &[(String, String)], one_line: bool) -> Result<String
         if one_line {
             value = value.replace('\n', "'\"$vmpod_nl\"'");
         }
-        text.push_str(&format!("; export {name}={value}"));
+        parts.push(format!("export {name}={value}"));
     }
-    Ok(text)
+    Ok(parts.join("; "))
 }
 
 /// Begins to carry a command whose `exec` request was sent.

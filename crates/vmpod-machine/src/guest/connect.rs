@@ -26,7 +26,7 @@ use crate::spec::{Access, Auth, Spec};
 /// How many connections may wait at the same time.
 const WAITING: usize = 6;
 /// How long one of them waits. QEMU gives up on its own after 75 s.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// How long key exchange and login may take. An emulated guest under load needs seconds.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
@@ -65,17 +65,13 @@ impl client::Handler for Client {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
             Err(error) => return Err(error.into()),
         };
-        match known {
-            Some(known) => {
-                let same = known.key_data() == key.key_data();
-                *self.host_key_changed.lock().unwrap_or_else(PoisonError::into_inner) = !same;
-                Ok(same)
-            }
-            None => {
-                write_whole(&self.known_host, (key.to_openssh()? + "\n").as_bytes())?;
-                Ok(true)
-            }
+        if let Some(known) = known {
+            let same = known.key_data() == key.key_data();
+            *self.host_key_changed.lock().unwrap_or_else(PoisonError::into_inner) = !same;
+            return Ok(same);
         }
+        write_whole(&self.known_host, (key.to_openssh()? + "\n").as_bytes())?;
+        Ok(true)
     }
 }
 

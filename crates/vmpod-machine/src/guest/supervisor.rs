@@ -92,29 +92,32 @@ const EXIT: &str = r#"
 cat "$m/exit" 2>/dev/null || { echo 'its supervisor was killed' >&2; exit 67; }
 "#;
 
-/// Prints both outputs from `$2` and `$3` bytes on as they grow, until the supervisor is gone or our input ends.
+/// Prints both outputs from `$2` and `$3` bytes on as they grow, until the supervisor is gone or our input ends. Nothing
+/// but the outputs may come out, or offsets would count what a shell or `tail` had to say.
 const FOLLOW: &str = r#"
-[ -p "$m/live" ] || { echo 'it was not started since the guest booted' >&2; exit 66; }
-exec 3<&0
-tail -c "+$(($2 + 1))" -f "$m/out" 3<&- & a=$!
-tail -c "+$(($3 + 1))" -f "$m/err" >&2 3<&- & b=$!
+exec 3<&0 4>&2 2>/dev/null
+[ -p "$m/live" ] || exit 66
+tail -c "+$(($2 + 1))" -f "$m/out" 3<&- 4>&- & a=$!
+tail -c "+$(($3 + 1))" -f "$m/err" >&4 3<&- 4>&- & b=$!
+exec 4>&-
 exec 8<>"$m/live"
 exec 7<"$m/live"
 exec 8>&-
 cat <&7 >/dev/null 3<&- & c=$!
-( cat <&3 >/dev/null 2>&1; kill "$a" "$b" "$c" 2>/dev/null ) >/dev/null 2>&1 7<&- & d=$!
+( cat <&3 >/dev/null; kill "$a" "$b" "$c" ) >/dev/null 7<&- & d=$!
 exec 3<&-
 wait "$c"
-kill "$a" "$b" "$d" 2>/dev/null
-wait "$a" "$b" 2>/dev/null
+kill "$a" "$b" "$d"
+wait "$a" "$b"
 exit 0
 "#;
 
 /// Prints what is there beyond `$2` and `$3` bytes.
 const DRAIN: &str = r#"
+exec 4>&2 2>/dev/null
 [ -d "$m" ] || exit 66
 tail -c "+$(($2 + 1))" "$m/out"
-tail -c "+$(($3 + 1))" "$m/err" >&2
+tail -c "+$(($3 + 1))" "$m/err" >&4
 exit 0
 "#;
 
@@ -144,13 +147,12 @@ pub(super) fn run_file(command: &MainCommand) -> Result<String, GuestError> {
     if command.command.is_empty() {
         return Err(GuestError::Invalid("there is no command to run".to_owned()));
     }
-    let mut text = String::from("echo \"$$\" >\"$1/pid\"\n");
-    text.push_str(&carry::exports(&command.env, false)?);
-    text.push('\n');
-    if let Some(workdir) = &command.workdir {
-        text.push_str(&format!("cd {} || exit 126\n", shell::quote(&carry::directory(workdir))));
-    }
-    text.push_str(&format!("exec {}\n# whole\n", shell::join(&command.command)));
+    let cd = command.workdir.as_deref().map(carry::change_directory).unwrap_or_default();
+    let text = format!(
+        "echo \"$$\" >\"$1/pid\"\n{}\n{cd}\nexec {}\n# whole\n",
+        carry::exports(&command.env, false)?,
+        shell::join(&command.command)
+    );
     if text.contains('\0') {
         return Err(GuestError::Invalid("a command, its directory and its environment can't hold NUL".to_owned()));
     }
@@ -336,13 +338,11 @@ impl<R: Runner> Follower<R> {
 /// The next piece; `None` (and no more reader) at the end.
 async fn read(from: &mut Option<BoxRead>, buffer: &mut [u8]) -> Option<Bytes> {
     let reader = from.as_mut()?;
-    match reader.read(buffer).await {
-        Ok(length @ 1..) => Some(Bytes::copy_from_slice(&buffer[..length])),
-        Ok(0) | Err(_) => {
-            *from = None;
-            None
-        }
+    if let Ok(length @ 1..) = reader.read(buffer).await {
+        return Some(Bytes::copy_from_slice(&buffer[..length]));
     }
+    *from = None;
+    None
 }
 
 #[cfg(test)]

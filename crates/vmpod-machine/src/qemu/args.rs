@@ -1,13 +1,14 @@
 //! From a [`Spec`] to QEMU's command line. Pure, so that every change of it shows in a snapshot.
 
 use std::ffi::OsString;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use serde_json::json;
 
 use super::{SOCKET, VARIABLES};
 use crate::seed;
-use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Network, Protocol, Spec};
+use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Forward, Network, Protocol, Spec};
 
 /// The arguments of the QEMU process for `spec`.
 ///
@@ -47,24 +48,23 @@ pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
     for (index, network) in spec.networks.iter().enumerate() {
         match network {
             Network::User { address, ssh_port, forwards, mac } => {
-                let mut user = format!("user,id=net{index},hostfwd=tcp:{address}:{ssh_port}-:{}", spec.access.port);
-                for forward in forwards {
-                    let protocol = match forward.protocol {
-                        Protocol::Tcp => "tcp",
-                        Protocol::Udp => "udp",
-                    };
-                    user.push_str(&format!(
-                        ",hostfwd={protocol}:{address}:{}-:{}",
-                        forward.host_port, forward.guest_port
-                    ));
-                }
-                line.add("-netdev", user);
+                let ssh = Forward { protocol: Protocol::Tcp, host_port: *ssh_port, guest_port: spec.access.port };
+                let ports: Vec<_> = std::iter::once(&ssh).chain(forwards).map(|port| forward(*address, *port)).collect();
+                line.add("-netdev", format!("user,id=net{index}{}", ports.concat()));
                 // Without its ROM: nobody boots from this network, and loading it takes time.
                 line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={mac},romfile="));
             }
         }
     }
     line.0
+}
+
+fn forward(address: Ipv4Addr, port: Forward) -> String {
+    let protocol = match port.protocol {
+        Protocol::Tcp => "tcp",
+        Protocol::Udp => "udp",
+    };
+    format!(",hostfwd={protocol}:{address}:{}-:{}", port.host_port, port.guest_port)
 }
 
 struct Line(Vec<OsString>);
@@ -161,7 +161,7 @@ fn disks(line: &mut Line, spec: &Spec) {
 mod tests {
     use super::*;
     use crate::spec::tests::spec;
-    use crate::{Cpus, Disk, Forward, MacAddr, Memory, Seed};
+    use crate::{Cpus, Disk, MacAddr, Memory, Seed};
 
     fn show(spec: &Spec, firmware: Option<&Path>) -> String {
         let mut text = String::new();

@@ -53,13 +53,11 @@ impl QemuProcess {
         let (log, their_handle, their_qmp, their_killed) =
             (dir.file(LOG), Arc::clone(&handle), Arc::clone(&qmp), Arc::clone(&killed));
         tokio::spawn(async move {
+            their_handle.gone().await;
             let status = match child {
                 // Ours to bury.
                 Some(mut child) => child.wait().await.ok(),
-                None => {
-                    their_handle.gone().await;
-                    None
-                }
+                None => None,
             };
             let reason = their_qmp.shutdown_reason().await;
             let at = Timestamp::now();
@@ -250,7 +248,7 @@ impl Handle {
     }
 }
 
-/// Processor time and resident memory (bytes) of a process, from `/proc` (see proc_pid_stat(5)).
+/// Processor time and resident memory (bytes) of a process, from `/proc` (see `proc_pid_stat(5)`).
 fn usage(pid: u32) -> Result<(Duration, u64), HypervisorError> {
     let read = |name: &str| {
         let path = format!("/proc/{pid}/{name}");
