@@ -16,6 +16,8 @@ use rcgen::{
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+/// How many groups (organisations) a certificate can name.
+const MOST_GROUPS: usize = 2;
 /// How long the authority lives.
 const CA_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 /// How long a certificate signed by it lives.
@@ -53,6 +55,12 @@ pub enum PkiError {
         subject: String,
         /// The cause.
         source: rcgen::Error,
+    },
+    /// A certificate holds few groups.
+    #[error("a certificate for {subject} can name at most {MOST_GROUPS} groups")]
+    Groups {
+        /// Whose certificate.
+        subject: String,
     },
     /// A certificate signing request can't be used.
     #[error("the certificate signing request is not usable: {why}")]
@@ -146,8 +154,10 @@ pub(crate) fn read_if_there(path: &Path) -> Result<Option<String>, PkiError> {
 fn params(subject: &str, groups: &[String], sans: &[String], life: Duration) -> Result<CertificateParams, rcgen::Error> {
     let mut params = CertificateParams::new(sans.to_vec())?;
     params.distinguished_name = rcgen::DistinguishedName::new();
-    for group in groups {
-        params.distinguished_name.push(DnType::OrganizationName, group.as_str());
+    // A name holds one value of each type here; the organisation's identifier, spelled out, is another type.
+    let places = [DnType::OrganizationName, DnType::CustomDnType(vec![2, 5, 4, 10])];
+    for (place, group) in places.into_iter().zip(groups) {
+        params.distinguished_name.push(place, group.as_str());
     }
     params.distinguished_name.push(DnType::CommonName, subject);
     set_life(&mut params, life);
@@ -222,6 +232,9 @@ impl Pki {
     }
 
     fn issue(&self, cn: &str, groups: &[String], sans: &[String], usage: Usage) -> Result<Issued, PkiError> {
+        if groups.len() > MOST_GROUPS {
+            return Err(PkiError::Groups { subject: cn.into() });
+        }
         let made = || -> Result<Issued, rcgen::Error> {
             let pair = KeyPair::generate()?;
             let mut params = params(cn, groups, sans, LEAF_LIFE)?;

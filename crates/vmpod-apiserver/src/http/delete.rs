@@ -76,17 +76,12 @@ pub(crate) async fn delete_object(server: &Server, resource: &Resource, key: &Ke
     let mut gone = false;
     let written = write::commit(server, key, None, options.dry_run, |old, _| {
         let old = old.ok_or_else(|| Status::not_found(resource, &key.name))?;
-        let mut before = respond::view(resource, old);
+        let before = respond::view(resource, old);
         gone = false;
         match deletion::plan(resource, &before, &options.options, now)? {
-            Deletion::Remove => {
+            Deletion::Remove(last) => {
                 gone = true;
-                // The last state tells that it ended now.
-                if before["metadata"].get("deletionTimestamp").is_some() || deletion::answers_object(resource) {
-                    before["metadata"]["deletionGracePeriodSeconds"] = 0.into();
-                    before["metadata"]["deletionTimestamp"] = crate::time::seconds(now).into();
-                }
-                Ok(Change::Delete(before))
+                Ok(Change::Delete(last))
             }
             Deletion::Mark(value) => Ok(Change::Put(value)),
             Deletion::Pending => Ok(Change::Keep),

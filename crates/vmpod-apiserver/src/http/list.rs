@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use axum::body::Body;
 use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::alphabet;
+use base64::engine::general_purpose::{GeneralPurpose, NO_PAD, URL_SAFE_NO_PAD};
 use bytes::{BufMut as _, BytesMut};
 use http::{Response, StatusCode};
 use serde::{Deserialize, Serialize};
@@ -31,7 +32,8 @@ impl Selection {
     pub(super) fn of(call: &Call) -> Result<Self, Status> {
         let labels = call.query.get("labelSelector").map(LabelSelector::parse).transpose()?;
         let fields = call.query.get("fieldSelector").map(|text| FieldSelector::parse(&call.resource, text)).transpose()?;
-        let digested = !call.resource.is_custom() || fields.as_ref().is_none_or(FieldSelector::is_metadata_only);
+        let text = call.query.get("fieldSelector").unwrap_or_default();
+        let digested = !call.resource.is_custom() || text.split(',').all(|term| term.trim().starts_with("metadata."));
         Ok(Self { labels, fields, digested })
     }
 
@@ -50,6 +52,9 @@ impl Selection {
         }
     }
 }
+
+/// Go ignores bits left over at the end.
+const LENIENT: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, NO_PAD.with_decode_allow_trailing_bits(true));
 
 /// Where the next page begins; the same token as the real server's.
 #[derive(Debug, Serialize, Deserialize)]
@@ -75,7 +80,7 @@ fn go_quoted(byte: u8) -> String {
 
 impl Continue {
     fn parse(token: &str) -> Result<Self, Status> {
-        let bytes = URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).map_err(|error| match error {
+        let bytes = LENIENT.decode(token.trim_end_matches('=')).map_err(|error| match error {
             base64::DecodeError::InvalidByte(at, _) | base64::DecodeError::InvalidLastSymbol(at, _) => {
                 invalid_continue(&format!("illegal base64 data at input byte {at}"))
             }
@@ -226,7 +231,7 @@ fn answer(call: &Call, shape: Shape, meta: Value, page: &[&Arc<Object>]) -> Resu
     let shaped = if shape == Shape::Table {
         let include = IncludeObject::parse(call.query.get("includeObject"))?;
         let items: Vec<&Value> = values.iter().collect();
-        table::render(&call.resource, &items, include, call.now, meta)
+        table::render(&call.resource, &items, include, call.now, meta, true)
     } else {
         let items: Vec<Value> = values.iter().map(table::partial).collect();
         json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "items": items })

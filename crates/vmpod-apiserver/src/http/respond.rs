@@ -108,7 +108,7 @@ pub(super) fn value(call: &Call, code: StatusCode, value: &Value) -> Result<Resp
         Shape::Table => {
             let include = IncludeObject::parse(call.query.get("includeObject"))?;
             let meta = json!({ "resourceVersion": value["metadata"]["resourceVersion"] });
-            table::render(&call.resource, &[value], include, call.now, meta)
+            table::render(&call.resource, &[value], include, call.now, meta, true)
         }
     };
     Ok(json_value(code, &shaped))

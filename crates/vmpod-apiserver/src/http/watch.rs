@@ -53,12 +53,9 @@ impl Lens {
             Shape::Partial => respond::serialise(&table::partial(value)),
             Shape::Table => {
                 let meta = json!({ "resourceVersion": value["metadata"]["resourceVersion"] });
-                let mut table = table::render(&self.resource, &[value], self.include, jiff::Timestamp::now(), meta);
-                if std::mem::replace(&mut self.headed, true) {
-                    // The columns are told once.
-                    table["columnDefinitions"] = Value::Null;
-                }
-                respond::serialise(&table)
+                // The columns are told once.
+                let headers = !std::mem::replace(&mut self.headed, true);
+                respond::serialise(&table::render(&self.resource, &[value], self.include, jiff::Timestamp::now(), meta, headers))
             }
         };
         encode::event_line(kind, &shaped)
