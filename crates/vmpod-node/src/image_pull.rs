@@ -3,7 +3,6 @@
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use kube::Api;
-use tokio_util::sync::CancellationToken;
 use vmpod_image::{Credentials, Image, PullOptions, Reference, pull};
 
 use crate::{
@@ -122,7 +121,7 @@ async fn find(
         ca_files: registries.ca_files.clone(),
         ..PullOptions::default()
     };
-    let image = pull_aside(store, &reference, options).await?;
+    let image = pull(store, &reference, options).await.map_err(|error| ImageTrouble::new("ErrImagePull", error_chain(&error)))?;
     let took = go_duration(Timestamp::now().duration_since(begun));
     events.container(
         pod,
@@ -134,27 +133,6 @@ async fn find(
         ),
     );
     Ok(image)
-}
-
-/// Pulls on a thread of its own. Dropping the future stops the pull.
-async fn pull_aside(store: &vmpod_image::Store, reference: &Reference, options: PullOptions) -> Result<Image, ImageTrouble> {
-    let (store, reference, handle) = (store.clone(), reference.clone(), tokio::runtime::Handle::current());
-    let stop = CancellationToken::new();
-    let stopped = stop.clone();
-    let _guard = stop.drop_guard();
-    let pulled = tokio::task::spawn_blocking(move || {
-        handle.block_on(async {
-            tokio::select! {
-                result = pull(&store, &reference, options) => Some(result),
-                () = stopped.cancelled() => None,
-            }
-        })
-    });
-    match pulled.await {
-        Ok(Some(result)) => result.map_err(|error| ImageTrouble::new("ErrImagePull", error_chain(&error))),
-        Ok(None) => Err(ImageTrouble::new("ErrImagePull", "the pull was stopped")),
-        Err(error) => Err(ImageTrouble::new("ErrImagePull", error.to_string())),
-    }
 }
 
 /// The node's credentials with the pod's pull secrets before them. A secret that is missing is told and passed over, as the

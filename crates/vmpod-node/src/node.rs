@@ -233,10 +233,7 @@ impl Node {
                         self.take(change);
                     }
                 }
-                Ok(failed) = server_failed.wait_for(Option::is_some) => {
-                    let why = failed.clone().unwrap_or_default();
-                    break Err(NodeError::Server(io::Error::other(why)));
-                }
+                Some(why) = failure(&mut server_failed) => break Err(NodeError::Server(io::Error::other(why))),
             }
         };
         if !self.keep_vms && !first {
@@ -426,4 +423,10 @@ impl Node {
             tracing::warn!("some machines did not stop in time; the next agent finds them");
         }
     }
+}
+
+/// The server's failure, once there is one; none when there never will be.
+async fn failure(failed: &mut watch::Receiver<Option<String>>) -> Option<String> {
+    let failed = failed.wait_for(Option::is_some).await;
+    failed.ok()?.clone()
 }
