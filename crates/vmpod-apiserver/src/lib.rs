@@ -3,7 +3,7 @@
 //! [`ApiServer::open`] opens (or makes) the store and the certificate authority, and binds the
 //! listener. [`ApiServer::router`] is the whole API as an [`axum::Router`], for clients in the same
 //! process. [`ApiServer::serve`] serves it over TLS and runs the controllers that a Kubernetes
-//! control plane would: the scheduler, the garbage collectors and the namespace controller.
+//! control plane would: scheduler, garbage collectors, namespaces, nodes, signing requests.
 //!
 //! Half of the crate is pure and works on [`serde_json::Value`] (kinds, patches, selectors, tables,
 //! schemas); the other half is the server (store, HTTP, watches, proxy, controllers).
@@ -17,6 +17,7 @@ mod events;
 mod gc;
 mod http;
 mod namespaces;
+mod nodes;
 mod pki;
 mod proxy;
 mod scheduler;
@@ -175,6 +176,7 @@ impl ApiServer {
             scheduler::run(server.clone(), stop.clone()),
             gc::run(server.clone(), stop.clone()),
             csr::run(server.clone(), stop.clone()),
+            nodes::run(server.clone(), stop.clone()),
         );
     }
 

@@ -95,9 +95,6 @@ pub(super) fn review(call: &Call, mut value: Value) -> Result<Response<Body>, St
         "SelfSubjectRulesReview" => rules(call),
         other => return Err(Status::internal(format!("{other} isn't answered"))),
     };
-    if call.resource.kind != "SelfSubjectReview" {
-        managed_fields::on_update(&call.resource, None, &mut value, &call.manager(), None, call.now);
-    }
     value["status"] = status;
     Ok(respond::json_value(StatusCode::CREATED, &value))
 }

@@ -50,7 +50,9 @@ pub(super) async fn virtual_kind(call: Call, request: Request<Body>) -> Result<R
     }
     let body = body::read(request).await?;
     let decoded = kinds::decode(&call.resource, &body, write::format(&call)?, write::validation(&call)?)?;
-    reviews::review(&call, decoded.value)
+    let manager = call.manager();
+    let value = kinds::create(&call.resource, decoded.value, &context(&call, &manager))?;
+    reviews::review(&call, value)
 }
 
 fn only(call: &Call, method: &Method) -> Result<(), Status> {
@@ -138,7 +140,7 @@ async fn scale_of(call: &Call, request: Request<Body>) -> Result<Response<Body>,
             let patch_kind = PatchKind::of(call.header(&http::header::CONTENT_TYPE))?;
             let manager = call.manager();
             let change = |old: &Value| {
-                let context = scale_context(call, &manager);
+                let context = context(call, &manager);
                 let before = shown(old)?;
                 let validation = FieldValidation::Ignore;
                 let patched = patch::apply(patch_kind, &kind, None, Some(&before), &body, validation, false, &context)?;
@@ -151,7 +153,7 @@ async fn scale_of(call: &Call, request: Request<Body>) -> Result<Response<Body>,
     respond::value(call, StatusCode::OK, &shown(&value)?)
 }
 
-fn scale_context<'a>(call: &'a Call, manager: &'a str) -> Context<'a> {
+fn context<'a>(call: &'a Call, manager: &'a str) -> Context<'a> {
     Context {
         now: call.now,
         uid: "",

@@ -277,7 +277,9 @@ async fn after_update(call: &Call, key: &Key) -> Result<(), Status> {
 pub(super) async fn patch(call: &Call, subresource: Option<&str>, body: &[u8]) -> Result<Response<Body>, Status> {
     let kind = PatchKind::of(call.header(&CONTENT_TYPE))?;
     let validation = validation(call)?;
-    let force = call.query.flag("force")?;
+    let force = call.query.maybe_flag("force")?;
+    patch::check_options(kind, call.query.get("fieldManager"), force)?;
+    let force = force.unwrap_or(false);
     let key = read::key(call)?;
     let dry_run = call.query.dry_run()?;
     let dependency = namespace_key(call);
@@ -306,7 +308,11 @@ pub(super) async fn patch(call: &Call, subresource: Option<&str>, body: &[u8]) -
             return changed(call, subresource, &before, patched.value, &context);
         }
         admit_namespace(call, &key.name, namespace)?;
-        let prepared = kinds::create(&call.resource, patched.value, &context)?;
+        let mut value = patched.value;
+        if value["metadata"]["name"].as_str().unwrap_or_default().is_empty() {
+            value["metadata"]["name"] = (*key.name).into();
+        }
+        let prepared = kinds::create(&call.resource, value, &context)?;
         node::admit(&call.server, &call.identity, &call.resource, None, None, &prepared)?;
         Ok(Change::Put(prepared))
     })

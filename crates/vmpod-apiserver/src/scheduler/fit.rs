@@ -138,8 +138,9 @@ impl Offer {
                 Taint { key: text("key"), value: text("value"), effect: text("effect") }
             })
             .collect();
-        // In a cluster the node lifecycle controller adds this taint.
+        // The taints that tell of readiness follow the condition a moment later: the condition counts.
         let ready = list(&status["conditions"]).any(|one| one["type"] == "Ready" && one["status"] == "True");
+        taints.retain(|taint| !(taint.effect == "NoSchedule" && crate::nodes::tells_readiness(&taint.key)));
         if !ready {
             let effect = "NoSchedule".to_owned();
             taints.push(Taint { key: "node.kubernetes.io/not-ready".into(), value: String::new(), effect });
