@@ -68,7 +68,8 @@ static DEFINITIONS: LazyLock<BTreeMap<String, Value>> = LazyLock::new(|| {
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(map) => {
-            if map.len() > 1 {
+            // A schema may also have a property of that name.
+            if map.len() > 1 && map.get("$ref").is_some_and(Value::is_string) {
                 if let Some(reference) = map.remove("$ref") {
                     map.insert("allOf".into(), json!([{"$ref": reference}]));
                 }

@@ -153,7 +153,12 @@ impl Registry {
         let group_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
         found.then(|| {
             let resources: Vec<Value> = list.into_values().collect();
-            json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": group_version, "resources": resources})
+            let mut document = json!({"kind": "APIResourceList", "groupVersion": group_version, "resources": resources});
+            // The core group's document is older than the habit of naming a version.
+            if !group.is_empty() {
+                document["apiVersion"] = "v1".into();
+            }
+            document
         })
     }
 
