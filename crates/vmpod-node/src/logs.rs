@@ -2,8 +2,8 @@
 //! the kubelet's parameters.
 //!
 //! A line is `RFC3339Nano stdout|stderr TAG CONTENT`. The tag is `F` (a whole line) or `P` (a part of one),
-//! followed by a second, colon-separated tag of our own that says how far the source was consumed when the
-//! record was written: see [`record::Position`]. The CRI format allows such tags, and its readers ignore them.
+//! followed by a second, colon-separated tag of our own that says how far each output was written with
+//! the record: see [`record::Position`]. The CRI format allows such tags, and its readers ignore them.
 
 mod files;
 mod options;
@@ -18,7 +18,7 @@ use tokio::sync::watch::Receiver;
 
 pub use options::{LogOptions, QueryError};
 pub use reader::read;
-pub use record::Stream;
+pub use record::{Position, Stream};
 pub use writer::{Limits, LogError, Progress, Writer};
 
 /// Where a container attempt's log is, and how one learns that it grows.

@@ -51,13 +51,92 @@ pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// All files of the log that exist, oldest first.
-pub(super) fn all(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut files: Vec<_> = rotated(path)?.into_iter().map(|(_, path)| path).collect();
-    if path.try_exists()? {
-        files.push(path.to_owned());
+/// A file that is open, and what it is whatever its name becomes.
+#[derive(Debug)]
+pub(super) struct Open {
+    pub(super) file: File,
+    pub(super) identity: Identity,
+}
+
+impl Open {
+    /// `None` when there is no such file.
+    fn at(path: &Path) -> io::Result<Option<Self>> {
+        let file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let identity = Identity::of(&file.metadata()?);
+        Ok(Some(Self { file, identity }))
     }
-    Ok(files)
+}
+
+/// The log's files, oldest first, without a gap between them. A rotation meanwhile may hide the newest.
+pub(super) fn open_all(path: &Path) -> io::Result<Vec<Open>> {
+    // The current file is opened before the others are listed: what was rotated before it is there then.
+    let current = Open::at(path)?;
+    let mut all: Vec<Open> = Vec::new();
+    let mut expected = None;
+    for (number, path) in rotated(path)? {
+        if expected.is_some_and(|expected| expected != number) {
+            // The missing one became a rotated file during the listing: it is the one that was current.
+            break;
+        }
+        // The oldest may be removed at any time.
+        if let Some(open) = Open::at(&path)? {
+            all.push(open);
+            expected = Some(number + 1);
+        }
+    }
+    if let Some(current) = current
+        && all.iter().all(|open| open.identity != current.identity)
+    {
+        all.push(current);
+    }
+    Ok(all)
+}
+
+/// What comes after a file.
+#[derive(Debug)]
+pub(super) enum After {
+    /// It is the current one.
+    Nothing,
+    /// This file.
+    File(Open),
+    /// A rotation is under way: ask again.
+    Unsettled,
+}
+
+/// The file that was written after `last`.
+pub(super) fn after(path: &Path, last: &Open) -> io::Result<After> {
+    let current = Open::at(path)?;
+    if current.as_ref().is_some_and(|current| current.identity == last.identity) {
+        return Ok(After::Nothing);
+    }
+    let rotated = rotated(path)?;
+    let mut own = None;
+    for (number, path) in &rotated {
+        if Identity::at(path)? == Some(last.identity) {
+            own = Some(*number);
+        }
+    }
+    let own = match own {
+        Some(number) => {
+            if let Some(next) = Open::at(&rotated_path(path, number + 1))? {
+                return Ok(After::File(next));
+            }
+            number
+        }
+        // Removed as the oldest: whatever is left is newer.
+        None if last.file.metadata()?.nlink() == 0 => 0,
+        None => return Ok(After::Unsettled),
+    };
+    for (_, path) in rotated.iter().filter(|(number, _)| *number > own) {
+        if let Some(next) = Open::at(path)? {
+            return Ok(After::File(next));
+        }
+    }
+    Ok(current.map_or(After::Unsettled, After::File))
 }
 
 /// What stays the same about a file when it is renamed.
@@ -68,11 +147,11 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    pub(super) fn of(metadata: &fs::Metadata) -> Self {
+    fn of(metadata: &fs::Metadata) -> Self {
         Self { device: metadata.dev(), inode: metadata.ino() }
     }
 
-    pub(super) fn at(path: &Path) -> io::Result<Option<Self>> {
+    fn at(path: &Path) -> io::Result<Option<Self>> {
         match fs::metadata(path) {
             Ok(metadata) => Ok(Some(Self::of(&metadata))),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -1,6 +1,7 @@
 //! The reading end of a log.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     io::{self, ErrorKind},
     os::unix::fs::FileExt as _,
@@ -12,7 +13,7 @@ use futures::Stream as AsyncStream;
 
 use super::{
     Live, LogError, LogFile, LogOptions, Stream,
-    files::{self, Identity},
+    files::{self, After, Open},
     record::{MAX_RECORD, Record},
     watch::FileWatch,
 };
@@ -136,8 +137,9 @@ enum Step {
 struct Cursor {
     path: PathBuf,
     options: LogOptions,
-    file: Option<(File, Identity)>,
-    /// Start of the first line of the file that was not given out.
+    /// The file that is read, and those after it as far as they are known.
+    files: VecDeque<Open>,
+    /// Start of the first line of that file that was not given out.
     offset: u64,
     /// Whether the output so far ends with a newline (or is empty).
     fresh_line: bool,
@@ -148,99 +150,76 @@ struct Cursor {
 
 impl Cursor {
     fn open(path: &Path, options: LogOptions) -> Result<Self, LogError> {
-        let files = files::all(path).map_err(LogError::file("list the files of", path))?;
-        let (first, offset) = match options.tail_lines {
-            Some(lines) => tail(&files, lines, options.stream)?,
-            None => (0, 0),
-        };
-        let mut cursor = Self {
+        let mut files = VecDeque::from(files::open_all(path).map_err(LogError::file("open", path))?);
+        let mut offset = 0;
+        if let Some(lines) = options.tail_lines {
+            let (first, start) =
+                tail(&files, lines, options.stream).map_err(LogError::file("read", path))?;
+            files.drain(..first);
+            offset = start;
+        }
+        Ok(Self {
             path: path.to_owned(),
             remaining: options.limit_bytes,
             options,
-            file: None,
-            offset: 0,
+            files,
+            offset,
             fresh_line: true,
             skipping: false,
-        };
-        if let Some(first) = files.get(first) {
-            cursor.enter(first)?;
-            cursor.offset = offset;
-        }
-        Ok(cursor)
-    }
-
-    fn enter(&mut self, path: &Path) -> Result<(), LogError> {
-        let file = File::open(path).map_err(LogError::file("open", path))?;
-        let metadata = file.metadata().map_err(LogError::file("inspect", path))?;
-        self.file = Some((file, Identity::of(&metadata)));
-        self.offset = 0;
-        self.skipping = false;
-        Ok(())
+        })
     }
 
     fn step(&mut self) -> Result<Step, LogError> {
+        let mut unsettled = 0;
         loop {
             if self.remaining == Some(0) {
                 return Ok(Step::Done);
             }
-            let Some((file, identity)) = &self.file else {
-                let files = files::all(&self.path).map_err(LogError::file("list the files of", &self.path))?;
-                match files.first() {
-                    Some(first) => self.enter(first)?,
-                    None => return Ok(Step::End),
+            let read = || LogError::file("read", &self.path);
+            let Some(open) = self.files.front() else {
+                self.files = files::open_all(&self.path).map_err(read())?.into();
+                if self.files.is_empty() {
+                    return Ok(Step::End);
                 }
                 continue;
             };
-            let identity = *identity;
             // The file's successor is looked for before its end, since nothing is added once it has one.
-            let next = self.successor(identity)?;
+            let after = match self.files.len() {
+                1 => files::after(&self.path, open).map_err(read())?,
+                _ => After::Nothing,
+            };
             let mut block = vec![0; BLOCK];
-            let read = read_at(file, &mut block, self.offset).map_err(LogError::file("read", &self.path))?;
-            block.truncate(read);
-            match block.iter().rposition(|byte| *byte == b'\n') {
-                Some(last) => {
-                    block.truncate(last + 1);
-                    self.offset += block.len() as u64;
-                    let out = self.render(&block);
-                    if !out.is_empty() {
-                        return Ok(Step::Data(out.into()));
-                    }
+            let size = read_at(&open.file, &mut block, self.offset).map_err(read())?;
+            block.truncate(size);
+            if let Some(last) = block.iter().rposition(|byte| *byte == b'\n') {
+                block.truncate(last + 1);
+                self.offset += block.len() as u64;
+                let out = self.render(&block);
+                if !out.is_empty() {
+                    return Ok(Step::Data(out.into()));
                 }
+                continue;
+            }
+            if size >= MAX_RECORD {
                 // Damage: no record is this long. Nothing of it is shown up to its newline.
-                None if read >= MAX_RECORD => {
-                    self.offset += read as u64;
-                    self.skipping = true;
+                self.offset += size as u64;
+                self.skipping = true;
+                continue;
+            }
+            // At the end, or at a line that is being written.
+            match after {
+                After::Nothing if self.files.len() > 1 => {}
+                After::File(next) => self.files.push_back(next),
+                After::Unsettled if unsettled < 1000 => {
+                    unsettled += 1;
+                    continue;
                 }
-                // At the end, or at a line that is being written.
-                None => match next {
-                    Some(next) => match self.enter(&next) {
-                        // It was removed meanwhile: look again.
-                        Err(LogError::File { source, .. }) if source.kind() == ErrorKind::NotFound => {}
-                        entered => entered?,
-                    },
-                    None => return Ok(Step::End),
-                },
+                After::Nothing | After::Unsettled => return Ok(Step::End),
             }
+            self.files.pop_front();
+            self.offset = 0;
+            self.skipping = false;
         }
-    }
-
-    /// The file that was written after the one with this identity.
-    fn successor(&self, identity: Identity) -> Result<Option<PathBuf>, LogError> {
-        let inspect = LogError::file("inspect", &self.path);
-        let current = Identity::at(&self.path).map_err(inspect)?;
-        if current == Some(identity) {
-            return Ok(None);
-        }
-        let list = LogError::file("list the files of", &self.path);
-        let files = files::all(&self.path).map_err(list)?;
-        let mut own = None;
-        for (index, path) in files.iter().enumerate() {
-            if Identity::at(path).map_err(LogError::file("inspect", path))? == Some(identity) {
-                own = Some(index);
-            }
-        }
-        // Rotated out of existence: go on with the oldest that is left.
-        Ok(files.into_iter().nth(own.map_or(0, |own| own + 1)))
     }
 
     /// The output for whole lines of the file.
@@ -290,31 +269,27 @@ fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
 /// Where the last `lines` lines of output begin: an index into `files` and a position in that file.
 ///
 /// Reads no more of the files than those lines.
-fn tail(files: &[PathBuf], lines: u64, stream: Option<Stream>) -> Result<(usize, u64), LogError> {
+fn tail(files: &VecDeque<Open>, lines: u64, stream: Option<Stream>) -> io::Result<(usize, u64)> {
     let mut found = 0;
-    for (index, path) in files.iter().enumerate().rev() {
-        let file = File::open(path).map_err(LogError::file("open", path))?;
-        let len = file.metadata().map_err(LogError::file("inspect", path))?.len();
-        let end = files::last_newline(&file, len).map_err(LogError::file("read", path))?;
+    for (index, open) in files.iter().enumerate().rev() {
+        let end = files::last_newline(&open.file, open.file.metadata()?.len())?;
         if lines == 0 {
             return Ok((index, end));
         }
         let mut start = None;
-        files::Backward::new(&file, end)
-            .each(|line, after| {
-                if let Some(record) = Record::parse(line)
-                    && stream.is_none_or(|stream| stream == record.stream)
-                    // The last record ends the last line, newline or not; before it, newlines separate.
-                    && (found == 0 || !record.partial)
-                {
-                    found += 1;
-                    if found > lines {
-                        start = Some((index, after));
-                    }
+        files::Backward::new(&open.file, end).each(|line, after| {
+            if let Some(record) = Record::parse(line)
+                && stream.is_none_or(|stream| stream == record.stream)
+                // The last record ends the last line, newline or not; before it, newlines separate.
+                && (found == 0 || !record.partial)
+            {
+                found += 1;
+                if found > lines {
+                    start = Some((index, after));
                 }
-                start.is_none()
-            })
-            .map_err(LogError::file("read", path))?;
+            }
+            start.is_none()
+        })?;
         if let Some(start) = start {
             return Ok(start);
         }

@@ -28,27 +28,18 @@ impl Stream {
     }
 }
 
-/// How far the source has been consumed: everything before `stdout` that was standard output, and
-/// everything before `stderr` that was standard error, is in the log.
-///
-/// Both are positions in the one sequence that the source's outputs share. They differ while one output
-/// has an unfinished line and the other goes on.
+/// How far each output has been written to the log: the place after the last byte that is in it. Each output is
+/// numbered for itself, from zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Position {
-    /// The position for standard output.
+    /// The place in standard output.
     pub stdout: u64,
-    /// The position for standard error.
+    /// The place in standard error.
     pub stderr: u64,
 }
 
 impl Position {
-    /// Where to read the source again after a crash.
-    #[must_use]
-    pub fn resume(self) -> u64 {
-        self.stdout.min(self.stderr)
-    }
-
-    /// The position for one output.
+    /// The place in one output.
     #[must_use]
     pub fn of(self, stream: Stream) -> u64 {
         match stream {
@@ -76,7 +67,7 @@ pub struct Record<'a> {
     pub stream: Stream,
     /// Whether the content lacks its newline because the line goes on (or never ended).
     pub partial: bool,
-    /// How far the source was consumed; absent in files that another runtime wrote.
+    /// How far the outputs were written; absent in files that another runtime wrote.
     pub position: Option<Position>,
     /// The bytes, without a newline.
     pub content: &'a [u8],
@@ -113,10 +104,10 @@ fn split_space(bytes: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((&bytes[..at], &bytes[at + 1..]))
 }
 
-/// `@N` when both outputs are at N, else `@STDOUT+STDERR`.
+/// `@STDOUT+STDERR`.
 fn parse_position(tag: &[u8]) -> Option<Position> {
     let text = std::str::from_utf8(tag.strip_prefix(b"@")?).ok()?;
-    let (stdout, stderr) = text.split_once('+').unwrap_or((text, text));
+    let (stdout, stderr) = text.split_once('+')?;
     Some(Position { stdout: stdout.parse().ok()?, stderr: stderr.parse().ok()? })
 }
 
@@ -134,10 +125,8 @@ pub fn encode(
     out.extend_from_slice(stream.name().as_bytes());
     out.extend_from_slice(if partial { b" P:@" } else { b" F:@" });
     out.extend_from_slice(position.stdout.to_string().as_bytes());
-    if position.stderr != position.stdout {
-        out.push(b'+');
-        out.extend_from_slice(position.stderr.to_string().as_bytes());
-    }
+    out.push(b'+');
+    out.extend_from_slice(position.stderr.to_string().as_bytes());
     out.push(b' ');
     out.extend_from_slice(content);
     out.push(b'\n');

@@ -67,17 +67,14 @@ pub struct Progress {
 #[derive(Clone, Debug, Default)]
 struct Pending {
     bytes: Vec<u8>,
-    /// Source position of the first of them.
-    start: u64,
-    /// Source position after the last byte of this output that was seen.
+    /// Place after the last byte of this output that was seen.
     consumed: u64,
 }
 
 /// Appends a process's output to a log, exactly once over any number of crashes.
 ///
-/// The source is a sequence of bytes in which the outputs share one numbering: a chunk at position `n` of
-/// length `l` is followed by chunks at `n + l` or later. After [`open`](Self::open), read the source from
-/// [`resume`](Self::resume); what is in the log already is skipped.
+/// Each output is a sequence of bytes that are numbered from zero. After [`open`](Self::open), read both
+/// from [`position`](Self::position) or any earlier place; what is in the log already is skipped.
 ///
 /// Calls block only for writes to the page cache.
 #[derive(Debug)]
@@ -131,7 +128,7 @@ impl Writer {
             }
         }
         let written = written.unwrap_or_default();
-        let pending = |consumed| Pending { bytes: Vec::new(), start: consumed, consumed };
+        let pending = |consumed| Pending { bytes: Vec::new(), consumed };
         Ok(Self {
             path: path.to_owned(),
             file,
@@ -144,10 +141,16 @@ impl Writer {
         })
     }
 
-    /// The source position to read from after opening.
+    /// How far both outputs are in the log; unfinished lines that wait in memory don't count.
+    #[must_use]
+    pub fn position(&self) -> Position {
+        self.written
+    }
+
+    /// The earlier of both places.
     #[must_use]
     pub fn resume(&self) -> u64 {
-        self.written.resume()
+        self.written.stdout.min(self.written.stderr)
     }
 
     /// What followers in this process wait on. Dropping the writer ends them as well.
@@ -162,26 +165,23 @@ impl Writer {
         &self.path
     }
 
-    /// Appends `bytes` that `stream` put out, which begin at position `source`. A line without its newline
+    /// Appends `bytes` that `stream` put out, which begin at place `start` of that output. A line without its newline
     /// waits for the rest of it; a line too long for one record becomes several.
     ///
     /// On an error nothing was taken, and the same call may be repeated.
     pub fn append(
         &mut self,
-        source: u64,
+        start: u64,
         stream: Stream,
         bytes: &[u8],
         now: Timestamp,
     ) -> Result<(), LogError> {
-        let (mut own, other) = match stream {
-            Stream::Stdout => (self.stdout.clone(), &self.stderr),
-            Stream::Stderr => (self.stderr.clone(), &self.stdout),
-        };
-        let known = usize::try_from(own.consumed.saturating_sub(source)).unwrap_or(usize::MAX);
+        let mut own = self.pending(stream).clone();
+        let known = usize::try_from(own.consumed.saturating_sub(start)).unwrap_or(usize::MAX);
         let Some(mut rest) = bytes.get(known..).filter(|rest| !rest.is_empty()) else {
             return Ok(());
         };
-        let mut at = source + known as u64;
+        let mut at = start + known as u64;
         let time = record::time_text(now);
         let mut written = self.written;
         let mut out = Vec::with_capacity(bytes.len() + 128);
@@ -192,9 +192,6 @@ impl Writer {
                 Some(newline) => (newline, newline + 1, false),
                 None if rest.len() > room => (room, room, true),
                 None => {
-                    if own.bytes.is_empty() {
-                        own.start = at;
-                    }
                     own.bytes.extend_from_slice(rest);
                     at += rest.len() as u64;
                     break;
@@ -203,7 +200,7 @@ impl Writer {
             own.bytes.extend_from_slice(&rest[..content]);
             at += taken as u64;
             rest = &rest[taken..];
-            written = advance(written, stream, at, other);
+            written.set(stream, at);
             record::encode(&mut out, &time, stream, partial, written, &own.bytes);
             own.bytes.clear();
         }
@@ -222,11 +219,8 @@ impl Writer {
             if own.bytes.is_empty() {
                 continue;
             }
-            let other = match stream {
-                Stream::Stdout => &self.stderr,
-                Stream::Stderr => &self.stdout,
-            };
-            let written = advance(self.written, stream, own.consumed, other);
+            let mut written = self.written;
+            written.set(stream, own.consumed);
             let mut out = Vec::with_capacity(own.bytes.len() + 128);
             record::encode(&mut out, &time, stream, true, written, &own.bytes);
             self.commit(&out)?;
@@ -312,18 +306,6 @@ fn last_position(file: &File, len: u64) -> io::Result<Option<Position>> {
         found.is_none()
     })?;
     Ok(found)
-}
-
-/// The position once `stream` is written up to `end`, given what the other output still holds back.
-fn advance(mut written: Position, stream: Stream, end: u64, other: &Pending) -> Position {
-    let beside = match stream {
-        Stream::Stdout => Stream::Stderr,
-        Stream::Stderr => Stream::Stdout,
-    };
-    let through = if other.bytes.is_empty() { end } else { other.start };
-    written.set(stream, end);
-    written.set(beside, written.of(beside).max(through));
-    written
 }
 
 #[cfg(test)]

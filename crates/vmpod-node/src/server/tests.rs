@@ -343,20 +343,18 @@ async fn expired_certificates_are_nobodys() {
 #[tokio::test]
 async fn a_huge_head_is_cut_off() {
     let world = World::new().await;
-    let mut stream = world.connect(API_SERVER).await;
-    let head = format!("GET /healthz HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "a".repeat(100_000));
-    stream.write_all(head.as_bytes()).await.ok();
-    stream.flush().await.ok();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.ok();
-    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    let one = format!("x: {}\r\n", "a".repeat(300_000));
     let many: String = (0..200).map(|n| format!("x{n}: y\r\n")).collect();
-    let mut stream = world.connect(API_SERVER).await;
-    stream.write_all(format!("GET /healthz HTTP/1.1\r\n{many}\r\n").as_bytes()).await.unwrap();
-    stream.flush().await.unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).await.ok();
-    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    for headers in [one, many] {
+        let mut stream = world.connect(API_SERVER).await;
+        let head = format!("GET /healthz HTTP/1.1\r\nhost: x\r\n{headers}\r\n");
+        // It may hang up before it got everything.
+        stream.write_all(head.as_bytes()).await.ok();
+        stream.flush().await.ok();
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 431");
+    }
 }
 
 #[tokio::test]

@@ -10,10 +10,17 @@ fn text(path: &Path) -> String {
     String::from_utf8(fs::read(path).unwrap()).unwrap()
 }
 
+/// The log's files, oldest first.
+fn all(path: &Path) -> Vec<PathBuf> {
+    let mut files: Vec<_> = files::rotated(path).unwrap().into_iter().map(|(_, path)| path).collect();
+    files.push(path.to_owned());
+    files
+}
+
 /// What the log says each output was.
 fn contents(path: &Path) -> (Vec<u8>, Vec<u8>) {
     let mut both = (Vec::new(), Vec::new());
-    for file in files::all(path).unwrap() {
+    for file in all(path) {
         let bytes = fs::read(file).unwrap();
         for line in bytes.split_inclusive(|byte| *byte == b'\n') {
             let record = Record::parse(line.strip_suffix(b"\n").unwrap()).unwrap();
@@ -36,15 +43,15 @@ fn records_are_cri_lines_with_the_source_position() {
     let path = directory.path().join("a/b/0.log");
     let mut writer = Writer::open(&path, Limits::default()).unwrap();
     writer.append(0, Stream::Stdout, b"one\ntw", now()).unwrap();
-    writer.append(6, Stream::Stderr, b"oops\n", now()).unwrap();
-    writer.append(11, Stream::Stdout, b"o\nend", now()).unwrap();
+    writer.append(0, Stream::Stderr, b"oops\n", now()).unwrap();
+    writer.append(6, Stream::Stdout, b"o\nend", now()).unwrap();
     writer.finish(now()).unwrap();
     assert_eq!(
         text(&path),
-        "2026-11-22T10:11:12.000000345Z stdout F:@4 one\n\
-         2026-11-22T10:11:12.000000345Z stderr F:@4+11 oops\n\
-         2026-11-22T10:11:12.000000345Z stdout F:@13 two\n\
-         2026-11-22T10:11:12.000000345Z stdout P:@16 end\n"
+        "2026-11-22T10:11:12.000000345Z stdout F:@4+0 one\n\
+         2026-11-22T10:11:12.000000345Z stderr F:@4+5 oops\n\
+         2026-11-22T10:11:12.000000345Z stdout F:@8+5 two\n\
+         2026-11-22T10:11:12.000000345Z stdout P:@11+5 end\n"
     );
     assert!(writer.progress().borrow().ended);
 }
@@ -57,7 +64,7 @@ fn long_lines_are_split_and_add_up() {
     for extra in [0, 1] {
         let mut line = vec![b'x'; MAX_CONTENT + extra];
         line.push(b'\n');
-        writer.append(writer.resume(), Stream::Stdout, &line, now()).unwrap();
+        writer.append(writer.position().stdout, Stream::Stdout, &line, now()).unwrap();
     }
     let tags: Vec<_> = text(&path)
         .lines()
@@ -75,7 +82,7 @@ fn rotation_keeps_the_newest_files_and_the_position() {
     for number in 0..20_u64 {
         writer.append(number * 5, Stream::Stdout, format!("{number:04}\n").as_bytes(), now()).unwrap();
     }
-    let files = files::all(&path).unwrap();
+    let files = all(&path);
     assert_eq!(files.len(), 3);
     assert!(text(&path).ends_with(" 0019\n"));
     assert_eq!(contents(&path).0.len() % 5, 0);
@@ -83,7 +90,7 @@ fn rotation_keeps_the_newest_files_and_the_position() {
     fs::rename(&path, files::rotated_path(&path, 999)).unwrap();
     fs::write(files::beside(&path, NEW), b"").unwrap();
     let writer = Writer::open(&path, limits).unwrap();
-    assert_eq!(writer.resume(), 100);
+    assert_eq!(writer.position(), Position { stdout: 100, stderr: 0 });
     assert!(!files::beside(&path, NEW).exists());
 }
 
@@ -126,15 +133,17 @@ fn expected(chunks: &[Chunk]) -> (Vec<u8>, Vec<u8>) {
     (of(Stream::Stdout), of(Stream::Stderr))
 }
 
-/// Feeds the source from the writer's resume point on, in pieces of `piece` bytes.
+/// Feeds both outputs from the writer's position on, in pieces of `piece` bytes.
 fn feed(writer: &mut Writer, chunks: &[Chunk], piece: usize, stop_after: usize) {
-    let resume = writer.resume();
-    let mut at = 0;
+    let resume = writer.position();
+    let mut at = Position::default();
     let mut calls = 0;
     for chunk in chunks {
-        let end = at + chunk.bytes.len() as u64;
-        let from = resume.clamp(at, end);
-        let rest = &chunk.bytes[usize::try_from(from - at).unwrap()..];
+        let start = at.of(chunk.stream);
+        let end = start + chunk.bytes.len() as u64;
+        at.set(chunk.stream, end);
+        let from = resume.of(chunk.stream).clamp(start, end);
+        let rest = &chunk.bytes[usize::try_from(from - start).unwrap()..];
         for (index, part) in rest.chunks(piece).enumerate() {
             if calls == stop_after {
                 return;
@@ -142,7 +151,6 @@ fn feed(writer: &mut Writer, chunks: &[Chunk], piece: usize, stop_after: usize) 
             calls += 1;
             writer.append(from + (index * piece) as u64, chunk.stream, part, now()).unwrap();
         }
-        at = end;
     }
 }
 
