@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::process::Child;
 use tokio::sync::watch;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::args::disk_node;
 use super::qmp::Qmp;
@@ -26,6 +27,8 @@ pub(super) struct QemuProcess {
     killed: Arc<AtomicBool>,
     exit: watch::Receiver<Option<Exit>>,
     disks: usize,
+    /// Ends with us, and lets go of the control socket then.
+    _watcher: AbortOnDropHandle<()>,
 }
 
 impl QemuProcess {
@@ -52,7 +55,7 @@ impl QemuProcess {
         let (exit_tx, exit) = watch::channel(None);
         let (log, their_handle, their_qmp, their_killed) =
             (dir.file(LOG), Arc::clone(&handle), Arc::clone(&qmp), Arc::clone(&killed));
-        tokio::spawn(async move {
+        let watcher = tokio::spawn(async move {
             their_handle.gone().await;
             let status = match child {
                 // Ours to bury.
@@ -78,7 +81,8 @@ impl QemuProcess {
             };
             exit_tx.send_replace(Some(exit));
         });
-        Ok(Self { qmp, handle, killed, exit, disks: spec.disks.len() })
+        let watcher = AbortOnDropHandle::new(watcher);
+        Ok(Self { qmp, handle, killed, exit, disks: spec.disks.len(), _watcher: watcher })
     }
 }
 

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::directory::MachineDir;
 use crate::hypervisor::HypervisorError;
@@ -29,6 +30,8 @@ pub(super) struct Qmp {
     next: AtomicU64,
     shutdown: watch::Receiver<Option<String>>,
     peer: Option<u32>,
+    /// Ends with us: QEMU speaks to one client at a time, and the next may be waiting.
+    _reader: AbortOnDropHandle<()>,
 }
 
 impl Qmp {
@@ -64,7 +67,7 @@ impl Qmp {
         let pending = Arc::new(Mutex::new(Some(Pending::new())));
         let (shutdown_tx, shutdown) = watch::channel(None);
         let theirs = Arc::clone(&pending);
-        tokio::spawn(async move {
+        let reader = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 if let Ok(message) = serde_json::from_str::<Value>(&line) {
                     receive(&message, &theirs, &shutdown_tx);
@@ -79,6 +82,7 @@ impl Qmp {
             next: AtomicU64::new(0),
             shutdown,
             peer,
+            _reader: AbortOnDropHandle::new(reader),
         };
         qmp.execute("qmp_capabilities", json!({})).await?;
         Ok(qmp)
