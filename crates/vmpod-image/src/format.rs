@@ -1,13 +1,22 @@
 //! Image formats. Each reads a manifest and says, as a [`Plan`], which bytes go where; the pipeline does the rest and
 //! knows no format.
 
+use std::collections::HashMap;
+use std::str::FromStr;
+
+use serde::Deserialize;
+
 use crate::config::Config;
 use crate::digest::Digest;
-use crate::manifest::Manifest;
+use crate::manifest::{Descriptor, Manifest};
 use crate::media;
 use crate::store::record::Part;
 
+mod agoda;
+pub(crate) mod containerdisk;
+mod lume;
 pub(crate) mod native;
+mod tart;
 
 /// 64 TiB: no disk of a guest is larger, so a manifest that says so lies.
 const LARGEST_DISK: u64 = 64 << 40;
@@ -21,8 +30,8 @@ pub(crate) struct Plan {
     pub(crate) format: &'static str,
     /// The configuration, translated.
     pub(crate) config: Config,
-    /// The files, with their sizes in bytes.
-    pub(crate) files: Vec<(Part, u64)>,
+    /// The files, with their sizes in bytes; none where only the data tells.
+    pub(crate) files: Vec<(Part, Option<u64>)>,
     /// The streams to fetch.
     pub(crate) layers: Vec<Layer>,
 }
@@ -54,6 +63,11 @@ pub(crate) struct Blob {
 pub(crate) enum Encoding {
     Plain,
     Zstd,
+    Gzip,
+    /// Apple's LZ4 framing.
+    AppleLz4,
+    /// Gzip or Zstandard if it begins so, else plain.
+    Detect,
 }
 
 /// Where a stream goes.
@@ -61,6 +75,18 @@ pub(crate) enum Encoding {
 pub(crate) enum Target {
     /// To a file, from `offset` on.
     File { part: Part, offset: u64 },
+    /// The disk in a tar archive, layer `layer` of a container image.
+    Tar { layer: usize },
+}
+
+impl Target {
+    /// The file in the image's directory, and the offset there.
+    pub(crate) fn place(self) -> (String, u64) {
+        match self {
+            Self::File { part, offset } => (part.file_name(), offset),
+            Self::Tar { layer } => (format!("layer-{layer}"), 0),
+        }
+    }
 }
 
 /// Why a manifest isn't an image that can be read.
@@ -114,37 +140,97 @@ pub enum FormatError {
         /// Its media type.
         media_type: String,
     },
+    /// A variant of a format that can't be read here.
+    #[error("{0}")]
+    Unsupported(&'static str),
     /// Something too large to be true.
     #[error("it says that {0}")]
     Bounds(&'static str),
 }
 
-/// Reads a manifest and its configuration.
-pub(crate) fn plan(manifest: &Manifest, config: &[u8]) -> Result<Plan, FormatError> {
+/// Small documents that are layers.
+pub(crate) type Documents = HashMap<Digest, Vec<u8>>;
+
+/// The layers that must be read before there can be a plan.
+pub(crate) fn documents(manifest: &Manifest) -> Vec<Digest> {
+    let kinds = [tart::CONFIG, agoda::CONFIG, lume::LEGACY_CONFIG];
+    let wanted = |layer: &&Descriptor| kinds.contains(&layer.media_type.as_str());
+    manifest.layers.iter().filter(wanted).map(|layer| layer.digest).collect()
+}
+
+/// Reads a manifest, its configuration and its documents.
+pub(crate) fn plan(manifest: &Manifest, config: &[u8], documents: &Documents) -> Result<Plan, FormatError> {
     if manifest.layers.len() > MOST_LAYERS {
         return Err(FormatError::Bounds("it has more layers than any image needs"));
     }
-    if manifest.artifact_type.as_deref() == Some(media::ARTIFACT) || manifest.config.media_type == media::CONFIG {
-        return native::plan(manifest, config);
+    let plan =
+        if manifest.artifact_type.as_deref() == Some(media::ARTIFACT) || manifest.config.media_type == media::CONFIG {
+            native::plan(manifest, config)?
+        } else if tart::is(manifest) {
+            tart::plan(manifest, documents)?
+        } else if agoda::is(manifest) {
+            agoda::plan(manifest, documents)?
+        } else if lume::is(manifest) {
+            lume::plan(manifest, config, documents)?
+        } else if containerdisk::is(manifest) {
+            containerdisk::plan(manifest, config)?
+        } else {
+            return Err(FormatError::Unknown {
+                artifact_type: manifest.artifact_type.clone().unwrap_or_default(),
+                config: manifest.config.media_type.clone(),
+            });
+        };
+    check_placement(&plan)?;
+    Ok(plan)
+}
+
+/// The value of an annotation, if it is there and valid.
+fn annotation<T: FromStr>(layer: &Descriptor, annotation: &'static str) -> Result<T, FormatError> {
+    let value = layer.annotations.get(annotation).and_then(|value| value.parse().ok());
+    value.ok_or(FormatError::Annotation { layer: layer.digest, annotation })
+}
+
+/// The only layer of a type.
+fn only<'a>(manifest: &'a Manifest, media_type: &'static str) -> Result<&'a Descriptor, FormatError> {
+    let layers: Vec<_> = manifest.layers.iter().filter(|layer| layer.media_type == media_type).collect();
+    match layers.as_slice() {
+        [layer] => Ok(layer),
+        layers => Err(FormatError::Count { media_type, count: layers.len(), expected: "one" }),
     }
-    Err(FormatError::Unknown {
-        artifact_type: manifest.artifact_type.clone().unwrap_or_default(),
-        config: manifest.config.media_type.clone(),
-    })
+}
+
+/// A layer that is a file as it is.
+fn plain_file(layer: &Descriptor, part: Part) -> Layer {
+    Layer {
+        blobs: vec![blob(layer)],
+        encoding: Encoding::Plain,
+        raw_size: Some(layer.size),
+        raw_digest: Some(layer.digest),
+        target: Target::File { part, offset: 0 },
+    }
+}
+
+fn blob(layer: &Descriptor) -> Blob {
+    Blob { digest: layer.digest, size: layer.size }
+}
+
+fn document<'a, T: Deserialize<'a>>(layer: &Descriptor, documents: &'a Documents) -> Result<T, FormatError> {
+    let bytes = documents.get(&layer.digest).map_or(&[][..], Vec::as_slice);
+    serde_json::from_slice(bytes).map_err(FormatError::Config)
 }
 
 /// Refuses windows that overlap or leave their file.
 fn check_placement(plan: &Plan) -> Result<(), FormatError> {
     let mut windows = Vec::new();
     for layer in &plan.layers {
-        let Target::File { part, offset } = layer.target;
+        let Target::File { part, offset } = layer.target else { continue };
         let (Some(size), Some(blob)) = (layer.raw_size, layer.blobs.first()) else { continue };
         let place = |why| FormatError::Placement { layer: blob.digest, why };
         let Some(&(_, file_size)) = plan.files.iter().find(|(file, _)| *file == part) else {
             return Err(place("there is no such disk"));
         };
         match offset.checked_add(size) {
-            Some(end) if end <= file_size => windows.push((part, offset, end, blob.digest)),
+            Some(end) if end <= file_size.unwrap_or(LARGEST_DISK) => windows.push((part, offset, end, blob.digest)),
             _ => return Err(place("it reaches past the end")),
         }
     }

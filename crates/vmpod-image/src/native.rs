@@ -114,7 +114,7 @@ impl NativeImage {
             .layers
             .iter()
             .filter_map(|layer| {
-                let Target::File { part, offset } = layer.target;
+                let Target::File { part, offset } = layer.target else { return None };
                 Some((layer.blobs.first()?.digest, (part, offset, layer.raw_size?, layer.raw_digest?)))
             })
             .collect();

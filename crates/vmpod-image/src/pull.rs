@@ -9,7 +9,7 @@ use crate::blobs::{BlobError, BlobErrorKind, Blobs, Retry};
 use crate::config::{Architecture, Os};
 use crate::credentials::Credentials;
 use crate::digest::Digest;
-use crate::format::{self, FormatError, Plan};
+use crate::format::{self, Documents, FormatError, Plan};
 use crate::image::Image;
 use crate::manifest::{Document, Index, Manifest};
 use crate::progress::{Phase, Progress};
@@ -18,7 +18,7 @@ use crate::registry::{Access, RegistryError, Repository};
 use crate::store::record::Record;
 use crate::store::work::{Finished, Work};
 use crate::store::{Store, StoreError};
-use crate::transfer::{Reporter, TransferError, transfer};
+use crate::transfer::{Reporter, TransferError, assemble, transfer};
 
 /// Indexes within indexes beyond this are a trap.
 const MOST_INDEXES: usize = 4;
@@ -176,7 +176,12 @@ pub async fn pull(store: &Store, reference: &Reference, options: PullOptions) ->
     let config = again(options.retry, || repository.blob(manifest.config.digest))
         .await
         .map_err(|error| failed(RegistryError::Request(error)))?;
-    let plan = format::plan(&manifest, &config)
+    let mut documents = Documents::new();
+    for document in format::documents(&manifest) {
+        let bytes = again(options.retry, || repository.blob(document)).await;
+        documents.insert(document, bytes.map_err(|error| failed(RegistryError::Request(error)))?);
+    }
+    let plan = format::plan(&manifest, &config, &documents)
         .map_err(|source| PullError::Format { reference: reference.clone(), source })?;
     let incoming = Incoming { digest, manifest: &manifest, manifest_bytes: &bytes, config: &config, plan: &plan };
     bring(store, reference, incoming, repository, options.retry, &report).await.map_err(|source| match source {
@@ -217,12 +222,14 @@ pub(crate) async fn bring(
     let (windows, files) = transfer(store, &work, plan, blobs, retry, report).await?;
     report.phase(Phase::Finishing);
     let transfer_bytes = incoming.manifest.transfer_bytes();
-    let mut record = Record::new(digest, plan.format, jiff::Timestamp::now(), plan.config.clone(), transfer_bytes);
-    record.files = files;
-    let (store, reference) = (store.clone(), reference.clone());
+    let (store, reference, plan) = (store.clone(), reference.clone(), plan.clone());
     let (manifest, config) = (incoming.manifest_bytes.to_vec(), incoming.config.to_vec());
     let image = tokio::task::spawn_blocking(move || {
+        let (known, windows) = assemble(&plan, work.dir(), windows)?;
+        let mut record = Record::new(digest, plan.format, jiff::Timestamp::now(), known, transfer_bytes);
+        record.files = files;
         work.publish(&store, &Finished { record, windows, manifest: &manifest, config: &config }, &reference)
+            .map_err(TransferError::Store)
     })
     .await
     .map_err(|_| TransferError::Stopped)??;

@@ -24,25 +24,30 @@ use tokio::sync::Semaphore;
 use crate::blobs::{BlobError, Blobs, Retry};
 use crate::digest::Digest;
 use crate::format::{Layer, Plan, Target};
+use crate::qcow2::Qcow2Error;
 use crate::store::files::{self, io};
 use crate::store::record::{FileRecord, Part, Window, Windows};
 use crate::store::work::Work;
 use crate::store::{Store, StoreError};
 
+mod assemble;
 mod fetch;
 mod journal;
+mod lz4;
 mod report;
+mod tar;
 mod unpack;
 
+pub(crate) use assemble::assemble;
 use fetch::{Fetcher, SEGMENT};
 use journal::Journal;
 pub(crate) use report::Reporter;
-use unpack::{UnpackError, unpack};
+use unpack::{Sink, UnpackError, unpack};
 
 /// Streams under way at once. Most wait for the network.
 const JOBS: usize = 16;
-/// Streams larger than a segment that are unpacked at once: each takes a thread for as long as it comes.
-const LARGE_JOBS: usize = 4;
+/// Streams larger than a segment that are unpacked at once, at least and at most: each takes a thread for as long as it comes.
+const LARGE_JOBS: (usize, usize) = (4, 12);
 /// Bytes fetched and not yet unpacked.
 const MEMORY: usize = 40 << 20;
 /// How often a stream with a wrong digest is fetched again.
@@ -80,6 +85,17 @@ pub enum TransferError {
         /// What was found.
         what: String,
     },
+    /// The image doesn't hold what its format says.
+    #[error("{0}")]
+    Content(String),
+    /// Its qcow2 disk can't be read.
+    #[error("its disk {name:?} can't be read")]
+    Disk {
+        /// The disk's name in the image.
+        name: String,
+        /// What is wrong with it.
+        source: Qcow2Error,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -92,7 +108,7 @@ pub enum TransferError {
 struct Context {
     work: Arc<Work>,
     fetcher: Fetcher,
-    files: HashMap<Part, Arc<File>>,
+    files: HashMap<String, Arc<File>>,
     local: HashMap<Digest, Local>,
     journal: Mutex<Journal>,
     unpackers: Arc<Semaphore>,
@@ -122,11 +138,17 @@ pub(crate) async fn transfer(
     retry: Retry,
     report: &Arc<Reporter>,
 ) -> Result<(Windows, Vec<FileRecord>), TransferError> {
-    let files = plan
-        .files
-        .iter()
-        .map(|&(part, size)| Ok((part, Arc::new(open_target(&work.dir().join(part.file_name()), size)?))))
-        .collect::<Result<HashMap<_, _>, StoreError>>()?;
+    work.without_journal_empty()?;
+    let mut files = HashMap::new();
+    for &(part, size) in &plan.files {
+        files.insert(part.file_name(), Arc::new(open_target(&work.dir().join(part.file_name()), size)?));
+    }
+    for layer in &plan.layers {
+        let (name, _) = layer.target.place();
+        if !files.contains_key(&name) {
+            files.insert(name.clone(), Arc::new(open_target(&work.dir().join(name), None)?));
+        }
+    }
     let (journal, mut finished) = Journal::open(work.dir(), plan, &files)?;
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let context = Context {
@@ -136,7 +158,7 @@ pub(crate) async fn transfer(
         local: local_windows(store, plan)?,
         journal: Mutex::new(journal),
         unpackers: Arc::new(Semaphore::new(threads)),
-        large: Arc::new(Semaphore::new(LARGE_JOBS)),
+        large: Arc::new(Semaphore::new(threads.clamp(LARGE_JOBS.0, LARGE_JOBS.1))),
         report: Arc::clone(report),
     };
     for &index in finished.keys() {
@@ -159,7 +181,7 @@ pub(crate) struct Raw {
     pub(crate) digest: Digest,
 }
 
-fn open_target(path: &Path, size: u64) -> Result<File, StoreError> {
+fn open_target(path: &Path, size: Option<u64>) -> Result<File, StoreError> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -168,7 +190,9 @@ fn open_target(path: &Path, size: u64) -> Result<File, StoreError> {
         .mode(0o600)
         .open(path)
         .map_err(io("open", path))?;
-    file.set_len(size).map_err(io("set the size of", path))?;
+    if let Some(size) = size {
+        file.set_len(size).map_err(io("set the size of", path))?;
+    }
     Ok(file)
 }
 
@@ -228,14 +252,7 @@ fn local_windows(store: &Store, plan: &Plan) -> Result<HashMap<Digest, Local>, S
 
 impl Context {
     async fn run(&self, job: Job, plan: &Plan) -> Result<Vec<(usize, Raw)>, TransferError> {
-        let sinks: Vec<(Arc<File>, u64)> = job
-            .indexes
-            .iter()
-            .filter_map(|&index| {
-                let Target::File { part, offset } = plan.layers[index].target;
-                Some((Arc::clone(self.files.get(&part)?), offset))
-            })
-            .collect();
+        let sinks: Vec<Sink> = job.indexes.iter().filter_map(|&index| self.sink(plan.layers[index].target)).collect();
         let Some(layer) = job.indexes.first().map(|&index| &plan.layers[index]) else { return Ok(Vec::new()) };
         let raw = match self.copy(layer, &sinks).await? {
             Some(raw) => {
@@ -254,12 +271,21 @@ impl Context {
         Ok(job.indexes.into_iter().map(|index| (index, raw)).collect())
     }
 
+    fn sink(&self, target: Target) -> Option<Sink> {
+        let (name, offset) = target.place();
+        let found = match target {
+            Target::File { .. } => None,
+            Target::Tar { layer } => Some(assemble::found_path(self.work.dir(), layer)),
+        };
+        Some(Sink { file: Arc::clone(self.files.get(&name)?), offset, found })
+    }
+
     /// Takes a window from another image here; none if there is none, or if it isn't what it was.
-    async fn copy(&self, layer: &Layer, sinks: &[(Arc<File>, u64)]) -> Result<Option<Raw>, TransferError> {
+    async fn copy(&self, layer: &Layer, sinks: &[Sink]) -> Result<Option<Raw>, TransferError> {
         let Some((digest, local)) = layer.raw_digest.and_then(|digest| Some((digest, self.local.get(&digest)?))) else {
             return Ok(None);
         };
-        if layer.raw_size != Some(local.size) {
+        if layer.raw_size != Some(local.size) || !matches!(layer.target, Target::File { .. }) {
             return Ok(None);
         }
         let (file, offset, size) = (Arc::clone(&local.file), local.offset, local.size);
@@ -284,7 +310,7 @@ impl Context {
         .map_err(|_| TransferError::Stopped)?
     }
 
-    async fn fetch(&self, layer: &Layer, sinks: &[(Arc<File>, u64)]) -> Result<Raw, TransferError> {
+    async fn fetch(&self, layer: &Layer, sinks: &[Sink]) -> Result<Raw, TransferError> {
         let digest = layer.blobs.first().map_or_else(|| Digest::of(b""), |blob| blob.digest);
         let mut attempt = 0;
         loop {
@@ -305,7 +331,7 @@ impl Context {
     }
 
     /// Fetches all of a stream, verifies it, and only then unpacks it.
-    async fn fetch_small(&self, layer: &Layer, sinks: &[(Arc<File>, u64)]) -> Result<Raw, TransferError> {
+    async fn fetch_small(&self, layer: &Layer, sinks: &[Sink]) -> Result<Raw, TransferError> {
         let mut pieces = Vec::new();
         for blob in &layer.blobs {
             let piece =
@@ -335,7 +361,7 @@ impl Context {
     }
 
     /// Unpacks a stream while it comes.
-    async fn fetch_large(&self, layer: &Layer, sinks: &[(Arc<File>, u64)]) -> Result<Raw, TransferError> {
+    async fn fetch_large(&self, layer: &Layer, sinks: &[Sink]) -> Result<Raw, TransferError> {
         let permit = Arc::clone(&self.large).acquire_owned().await.map_err(|_| TransferError::Stopped)?;
         let (sender, receiver) = tokio::sync::mpsc::channel(1);
         let owned = (layer.clone(), sinks.to_vec(), Arc::clone(&self.work));
@@ -367,11 +393,7 @@ impl Context {
 }
 
 /// Turns what unpacking found into an error that names the layer, and undoes what was written.
-fn finish_unpack(
-    result: Result<Raw, UnpackError>,
-    layer: &Layer,
-    sinks: &[(Arc<File>, u64)],
-) -> Result<Raw, TransferError> {
+fn finish_unpack(result: Result<Raw, UnpackError>, layer: &Layer, sinks: &[Sink]) -> Result<Raw, TransferError> {
     let what = match result {
         Ok(raw) if layer.raw_digest.is_none_or(|digest| digest == raw.digest) => return Ok(raw),
         Ok(raw) => format!("it unpacks to {}, not to what its manifest says", raw.digest),
@@ -388,8 +410,8 @@ fn write_failed(source: std::io::Error) -> TransferError {
 }
 
 /// Makes the range of a stream a hole again, so that the next attempt may leave holes.
-fn clear(layer: &Layer, sinks: &[(Arc<File>, u64)]) -> Result<(), TransferError> {
-    for (file, offset) in sinks {
+fn clear(layer: &Layer, sinks: &[Sink]) -> Result<(), TransferError> {
+    for Sink { file, offset, .. } in sinks {
         let length = file.metadata().map_err(write_failed)?.len();
         let end = layer.raw_size.map_or(length, |size| offset.saturating_add(size).min(length));
         if end > *offset {
@@ -404,7 +426,7 @@ fn outcome(plan: &Plan, finished: &HashMap<usize, Raw>) -> (Windows, Vec<FileRec
     let mut records = Vec::new();
     for (index, layer) in plan.layers.iter().enumerate() {
         let Some(raw) = finished.get(&index) else { continue };
-        let Target::File { part, offset } = layer.target;
+        let Target::File { part, offset } = layer.target else { continue };
         match part {
             Part::Disk(disk) => {
                 if let Some(windows) = windows.disks.get_mut(disk) {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Blob, Encoding, FormatError, LARGEST_DISK, Layer, Plan, Target, check_placement};
+use super::{Encoding, FormatError, LARGEST_DISK, Layer, Plan, Target, annotation, blob, plain_file};
 use crate::config::{Boot, Config};
 use crate::digest::Digest;
 use crate::manifest::{Descriptor, Manifest};
@@ -98,25 +98,18 @@ pub(crate) fn plan(manifest: &Manifest, config: &[u8]) -> Result<Plan, FormatErr
         if disk.size > LARGEST_DISK {
             return Err(FormatError::Bounds("a disk is larger than 64 TiB"));
         }
-        files.push((Part::Disk(index), disk.size));
+        files.push((Part::Disk(index), Some(disk.size)));
     }
     let mut layers = Vec::with_capacity(manifest.layers.len());
     for layer in &manifest.layers {
-        let blob = Blob { digest: layer.digest, size: layer.size };
         if let Some(part) = file_part(&layer.media_type) {
             if layer.size > LARGEST_FILE {
                 return Err(FormatError::Bounds("a kernel or initial RAM disk is larger than 4 GiB"));
             }
-            files.push((part, layer.size));
-            layers.push(Layer {
-                blobs: vec![blob],
-                encoding: Encoding::Plain,
-                raw_size: Some(layer.size),
-                raw_digest: Some(layer.digest),
-                target: Target::File { part, offset: 0 },
-            });
+            files.push((part, Some(layer.size)));
+            layers.push(plain_file(layer, part));
         } else if layer.media_type == media::DISK_CHUNK_ZSTD {
-            layers.push(chunk(layer, blob)?);
+            layers.push(chunk(layer)?);
         } else {
             return Err(FormatError::Layer { layer: layer.digest, media_type: layer.media_type.clone() });
         }
@@ -132,22 +125,16 @@ pub(crate) fn plan(manifest: &Manifest, config: &[u8]) -> Result<Plan, FormatErr
             return Err(FormatError::Count { media_type: media_type(part), count, expected });
         }
     }
-    let plan = Plan { format: NAME, config, files, layers };
-    check_placement(&plan)?;
-    Ok(plan)
+    Ok(Plan { format: NAME, config, files, layers })
 }
 
-fn chunk(layer: &Descriptor, blob: Blob) -> Result<Layer, FormatError> {
-    fn annotation<T: std::str::FromStr>(layer: &Descriptor, annotation: &'static str) -> Result<T, FormatError> {
-        let value = layer.annotations.get(annotation).and_then(|value| value.parse().ok());
-        value.ok_or(FormatError::Annotation { layer: layer.digest, annotation })
-    }
+fn chunk(layer: &Descriptor) -> Result<Layer, FormatError> {
     let raw_size: u64 = annotation(layer, media::CHUNK_RAW_SIZE)?;
     if raw_size > LARGEST_WINDOW || layer.size > LARGEST_WINDOW + (1 << 20) {
         return Err(FormatError::Placement { layer: layer.digest, why: "it is larger than 64 MiB" });
     }
     Ok(Layer {
-        blobs: vec![blob],
+        blobs: vec![blob(layer)],
         encoding: Encoding::Zstd,
         raw_size: Some(raw_size),
         raw_digest: Some(annotation(layer, media::CHUNK_RAW_DIGEST)?),
@@ -174,7 +161,8 @@ mod tests {
     }
 
     fn planned(layers: Vec<Descriptor>) -> Result<Plan, String> {
-        plan(&manifest(CONFIG.as_bytes(), layers, BTreeMap::new()), CONFIG.as_bytes())
+        let manifest = manifest(CONFIG.as_bytes(), layers, BTreeMap::new());
+        crate::format::plan(&manifest, CONFIG.as_bytes(), &crate::format::Documents::new())
             .map_err(|error| error.to_string())
     }
 
@@ -183,7 +171,7 @@ mod tests {
         let layers = vec![kernel(), chunk_at(0, 4 << 20).descriptor(0)];
         insta::assert_json_snapshot!(manifest(CONFIG.as_bytes(), layers.clone(), BTreeMap::new()));
         let plan = planned(layers).unwrap();
-        assert_eq!(plan.files, [(Part::Disk(0), 8 << 20), (Part::Kernel, 6)]);
+        assert_eq!(plan.files, [(Part::Disk(0), Some(8 << 20)), (Part::Kernel, Some(6))]);
         assert_eq!(plan.layers[1].target, Target::File { part: Part::Disk(0), offset: 0 });
     }
 

@@ -78,6 +78,18 @@ impl Work {
         }
     }
 
+    /// Removes what is there unless a journal vouches for it.
+    pub(crate) fn without_journal_empty(&self) -> Result<(), StoreError> {
+        if !self.dir.join(JOURNAL).exists() {
+            for file in files::names_in(&self.dir)? {
+                if file != LOCK {
+                    files::remove_file(&self.dir.join(file))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn dir(&self) -> &Path {
         &self.dir
     }

@@ -11,12 +11,12 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
+use super::unpack::Sink;
 use super::{Raw, TransferError, clear};
 use crate::digest::{Digest, Hasher};
 use crate::format::{Plan, Target};
 use crate::store::StoreError;
 use crate::store::files::{self, io};
-use crate::store::record::Part;
 use crate::store::work::JOURNAL;
 
 /// The open journal of a pull.
@@ -37,7 +37,7 @@ impl Journal {
     pub(crate) fn open(
         dir: &Path,
         plan: &Plan,
-        targets: &HashMap<Part, Arc<File>>,
+        targets: &HashMap<String, Arc<File>>,
     ) -> Result<(Self, HashMap<usize, Raw>), TransferError> {
         let path = dir.join(JOURNAL);
         let boot = boot_id().unwrap_or_default();
@@ -47,21 +47,22 @@ impl Journal {
         if let Some((found, same_boot)) = parse(&text, plan_digest, &boot) {
             for (index, raw) in found {
                 let Some(layer) = plan.layers.get(index) else { continue };
-                let Target::File { part, offset } = layer.target;
-                let Some(file) = targets.get(&part) else { continue };
-                if same_boot || is_there(file, offset, raw) {
+                let (name, offset) = layer.target.place();
+                let Some(file) = targets.get(&name) else { continue };
+                let whole = matches!(layer.target, Target::File { .. });
+                if same_boot || (whole && is_there(file, offset, raw)) {
                     finished.insert(index, raw);
                 }
             }
         }
         // Whatever isn't finished may have been begun.
         for (index, layer) in plan.layers.iter().enumerate() {
-            let Target::File { part, offset } = layer.target;
-            if let Some(file) = targets.get(&part)
+            let (name, offset) = layer.target.place();
+            if let Some(file) = targets.get(&name)
                 && !finished.contains_key(&index)
                 && !text.is_empty()
             {
-                clear(layer, &[(Arc::clone(file), offset)])?;
+                clear(layer, &[Sink { file: Arc::clone(file), offset, found: None }])?;
             }
         }
         let mut lines = format!("vmpod-journal 1 {plan_digest} {boot}\n");
@@ -130,6 +131,7 @@ mod tests {
     use super::*;
     use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Os};
     use crate::format::{Blob, Encoding, Layer};
+    use crate::store::record::Part;
 
     fn plan() -> Plan {
         let layer = |offset: u64, raw: &[u8]| Layer {
@@ -153,7 +155,7 @@ mod tests {
         Plan {
             format: "test",
             config,
-            files: vec![(Part::Disk(0), 8192)],
+            files: vec![(Part::Disk(0), Some(8192))],
             layers: vec![layer(0, &[1; 4096]), layer(4096, &[2; 4096])],
         }
     }
@@ -161,8 +163,8 @@ mod tests {
     #[test]
     fn a_cut_line_does_not_count_and_what_was_begun_is_a_hole_again() {
         let dir = tempfile::tempdir().unwrap();
-        let file = Arc::new(super::super::open_target(&dir.path().join("disk-0.raw"), 8192).unwrap());
-        let targets = HashMap::from([(Part::Disk(0), Arc::clone(&file))]);
+        let file = Arc::new(super::super::open_target(&dir.path().join("disk-0.raw"), Some(8192)).unwrap());
+        let targets = HashMap::from([("disk-0.raw".to_owned(), Arc::clone(&file))]);
         let plan = plan();
         let raw = |index: usize| Raw { size: 4096, digest: plan.layers[index].raw_digest.unwrap() };
         let (mut journal, finished) = Journal::open(dir.path(), &plan, &targets).unwrap();
@@ -183,8 +185,8 @@ mod tests {
     #[test]
     fn after_a_reboot_only_what_is_really_there_counts() {
         let dir = tempfile::tempdir().unwrap();
-        let file = Arc::new(super::super::open_target(&dir.path().join("disk-0.raw"), 8192).unwrap());
-        let targets = HashMap::from([(Part::Disk(0), Arc::clone(&file))]);
+        let file = Arc::new(super::super::open_target(&dir.path().join("disk-0.raw"), Some(8192)).unwrap());
+        let targets = HashMap::from([("disk-0.raw".to_owned(), Arc::clone(&file))]);
         let plan = plan();
         let (mut journal, _) = Journal::open(dir.path(), &plan, &targets).unwrap();
         for index in 0..2 {
