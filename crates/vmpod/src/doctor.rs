@@ -70,7 +70,7 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
     let has_home = home_check.state != State::Broken;
     checks.push(home_check);
     if has_home {
-        checks.push(check_reflink(home.images()));
+        checks.push(check_reflink(&home.images()));
     }
     match Host::look(home) {
         Ok(host) => checks.extend([check_disk(&host), check_memory(&host)]),

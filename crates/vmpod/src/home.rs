@@ -9,7 +9,7 @@
 //! | `machines/` | a directory per machine | the node agent |
 //! | `kvm.json` | whether KVM was seen to work since this host booted | `vmpod up`, `node`, `run`, `doctor` |
 //! | `node/` | the node agent's: pods, logs, certificates | the node agent |
-//! | `run/ID/` | a home of its own for a `vmpod run` without `vmpod up`; only images are shared | that `run` |
+//! | `run/ID/` | a home of its own for a `vmpod run` without `vmpod up`; `images/` and `kvm.json` are shared | that `run` |
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read as _, Seek as _, Write as _};
@@ -27,7 +27,8 @@ use crate::report::Remedy;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Home {
     root: PathBuf,
-    images: PathBuf,
+    /// What a private home has in common with the one that it is in.
+    common: PathBuf,
 }
 
 impl Home {
@@ -45,17 +46,17 @@ impl Home {
                 std::env::var_os("HOME").map(PathBuf::from),
             )?,
         };
-        Ok(Self { images: root.join("images"), root })
+        Ok(Self { common: root.clone(), root })
     }
 
-    /// A fresh private home for one `vmpod run`, which shares this one's images.
+    /// A fresh private home for one `vmpod run`, which shares this one's images and what is known of KVM.
     pub(crate) fn ephemeral(&self, id: &str) -> Self {
-        Self { root: self.runs().join(id), images: self.images.clone() }
+        self.at(self.runs().join(id))
     }
 
     /// An ephemeral home that exists already.
     fn at(&self, root: PathBuf) -> Self {
-        Self { root, images: self.images.clone() }
+        Self { root, common: self.common.clone() }
     }
 
     /// Makes the directory, for this user only.
@@ -80,8 +81,8 @@ impl Home {
         self.root.join("api")
     }
 
-    pub(crate) fn images(&self) -> &Path {
-        &self.images
+    pub(crate) fn images(&self) -> PathBuf {
+        self.common.join("images")
     }
 
     pub(crate) fn machines(&self) -> PathBuf {
@@ -94,7 +95,7 @@ impl Home {
 
     /// Where the answer to "does KVM work here?" is kept.
     pub(crate) fn kvm(&self) -> PathBuf {
-        self.root.join("kvm.json")
+        self.common.join("kvm.json")
     }
 
     fn runs(&self) -> PathBuf {

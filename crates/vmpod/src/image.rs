@@ -33,7 +33,7 @@ pub(crate) async fn run(home: &Home, command: ImageCommand) -> Result<Exit> {
 /// Opens the home's store.
 pub(crate) fn open(home: &Home) -> Result<Store> {
     home.make()?;
-    Store::open(home.images()).with_context(|| format!("can't open the image store {}", home.images().display()))
+    Store::open(&home.images()).with_context(|| format!("can't open the image store {}", home.images().display()))
 }
 
 /// Parses a name of an image as it was typed.

@@ -29,6 +29,7 @@ pub(crate) struct Plan<'a> {
 
 /// The running parts.
 pub(crate) struct Stack {
+    home: Home,
     api: Part,
     node: Part,
     /// Where the API really listens.
@@ -130,7 +131,7 @@ impl Stack {
             result = ready.wait_for(|ready| *ready) => { result.context("the node agent ended before it was ready")?; }
         }
         home::write_private(&home.kubeconfig(), &config)?;
-        Ok(Self { api, node, address, kubelet })
+        Ok(Self { home: home.clone(), api, node, address, kubelet })
     }
 
     /// Waits until a part ends by itself, and tells why.
@@ -143,9 +144,11 @@ impl Stack {
 
     /// Stops the agent, then the API that it reports to. Both get their chance whatever happens to the other.
     pub(crate) async fn stop(self, grace: Duration) -> Result<()> {
+        // Nobody should find a server that is about to be gone.
+        let file = remove_file(&self.home.kubeconfig());
         let node = self.node.stop(grace + Duration::from_secs(30)).await;
         let api = self.api.stop(Duration::from_secs(10)).await;
-        node.and(api)
+        node.and(api).and(file)
     }
 }
 
