@@ -6,6 +6,7 @@ mod delete;
 pub(crate) mod encode;
 mod list;
 pub(crate) mod path;
+mod protobuf;
 pub(crate) mod query;
 mod read;
 pub(crate) mod respond;
@@ -20,7 +21,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::extract::State;
 use bytes::Bytes;
-use http::header::{AUTHORIZATION, USER_AGENT};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
 use http::{HeaderMap, Method, Request, Response};
 use jiff::Timestamp;
 
@@ -63,9 +64,17 @@ impl Call {
         self.target.name.as_deref().ok_or_else(Status::method_not_allowed_here)
     }
 
+    fn is_protobuf(&self) -> bool {
+        let content_type = self.header(&CONTENT_TYPE).unwrap_or_default();
+        content_type.split(';').next().is_some_and(|ty| ty.trim() == protobuf::MEDIA_TYPE)
+    }
+
     /// The body, in terms of the kind that is stored.
     async fn body(&self, request: Request<Body>) -> Result<Bytes, Status> {
-        let bytes = body::read(request).await?;
+        let mut bytes = body::read(request).await?;
+        if self.is_protobuf() && !bytes.is_empty() {
+            bytes = respond::serialise(&protobuf::to_json(&bytes)?);
+        }
         if self.shown.group != events::GROUP {
             return Ok(bytes);
         }

@@ -4,7 +4,7 @@ use axum::body::Body;
 use http::{Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 
-use super::{Call, DeleteOptions, body, delete_object, read, respond, reviews, write};
+use super::{Call, DeleteOptions, delete_object, read, respond, reviews, write};
 use crate::kinds::{self, Context, FieldValidation};
 use crate::patch::{self, PatchKind};
 use crate::proxy;
@@ -27,14 +27,14 @@ pub(super) async fn subresource(call: Call, request: Request<Body>) -> Result<Re
         ("pods", "eviction") => evict(&call, request).await,
         ("serviceaccounts", "token") => {
             only(&call, &Method::POST)?;
-            let body = body::read(request).await?;
+            let body = call.body(request).await?;
             reviews::token_request(&call, &decode_body(&call, "token", &body)?)
         }
         (_, "scale") => scale_of(&call, request).await,
         (_, sub) => match call.method {
             Method::GET | Method::HEAD => read::get(&call),
-            Method::PUT => write::update(&call, Some(sub), &body::read(request).await?).await,
-            Method::PATCH => write::patch(&call, Some(sub), &body::read(request).await?).await,
+            Method::PUT => write::update(&call, Some(sub), &call.body(request).await?).await,
+            Method::PATCH => write::patch(&call, Some(sub), &call.body(request).await?).await,
             _ => Err(Status::method_not_allowed_here()),
         },
     }
@@ -48,7 +48,7 @@ pub(super) async fn virtual_kind(call: Call, request: Request<Body>) -> Result<R
     if call.resource.plural == "bindings" {
         return bind(&call, "", request).await;
     }
-    let body = body::read(request).await?;
+    let body = call.body(request).await?;
     let decoded = kinds::decode(&call.resource, &body, write::format(&call)?, write::validation(&call)?)?;
     let manager = call.manager();
     let value = kinds::create(&call.resource, decoded.value, &context(&call, &manager))?;
@@ -75,7 +75,7 @@ fn success() -> Response<Body> {
 /// Assigns a pod to a node. `pod` is empty for `POST …/bindings`, where the body names it.
 async fn bind(call: &Call, pod: &str, request: Request<Body>) -> Result<Response<Body>, Status> {
     only(call, &Method::POST)?;
-    let body = body::read(request).await?;
+    let body = call.body(request).await?;
     let registry = call.server.registry();
     let pods = registry.resource("", "v1", "pods").ok_or_else(Status::no_route)?;
     let kind = registry.body(&pods, "binding").ok_or_else(Status::no_route)?;
@@ -107,7 +107,7 @@ async fn bind(call: &Call, pod: &str, request: Request<Body>) -> Result<Response
 /// Evicts a pod. There are no disruption budgets here, so this is a deletion.
 async fn evict(call: &Call, request: Request<Body>) -> Result<Response<Body>, Status> {
     only(call, &Method::POST)?;
-    let body = body::read(request).await?;
+    let body = call.body(request).await?;
     let eviction = decode_body(call, "eviction", &body)?;
     let mut options = DeleteOptions::background();
     if let Some(asked) = eviction["deleteOptions"].as_object() {
@@ -130,13 +130,13 @@ async fn scale_of(call: &Call, request: Request<Body>) -> Result<Response<Body>,
             respond::view(&call.resource, &object)
         }
         Method::PUT => {
-            let body = body::read(request).await?;
+            let body = call.body(request).await?;
             let wanted = decode_body(call, "scale", &body)?;
             let change = |old: &Value| Ok((scale::set(&call.resource, old, &wanted)?, false));
             write::replace(call, None, change).await?.value(&call.resource)
         }
         Method::PATCH => {
-            let body = body::read(request).await?;
+            let body = call.body(request).await?;
             let patch_kind = PatchKind::of(call.header(&http::header::CONTENT_TYPE))?;
             let manager = call.manager();
             let change = |old: &Value| {

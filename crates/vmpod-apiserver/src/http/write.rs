@@ -139,6 +139,10 @@ pub(super) fn validation(call: &Call) -> Result<FieldValidation, Status> {
 }
 
 pub(super) fn format(call: &Call) -> Result<Format, Status> {
+    if call.is_protobuf() {
+        // The body was translated.
+        return Ok(Format::Json);
+    }
     Format::of(call.header(&CONTENT_TYPE))
 }
 
