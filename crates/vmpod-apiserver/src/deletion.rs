@@ -46,7 +46,10 @@ pub(crate) fn plan(resource: &Resource, old: &Value, options: &Value, now: Times
         new["metadata"]["finalizers"] = finalizers.clone().into();
     }
     if !marked {
-        mark(resource, &mut new, grace, now);
+        // Only pods are told that they end even when they end at once.
+        if held || resource.is("core.Pod") {
+            mark(resource, &mut new, grace, now);
+        }
         return Ok(if grace > 0 || held { Deletion::Mark(new) } else { Deletion::Remove(new) });
     }
     let before = old["metadata"]["deletionGracePeriodSeconds"].as_i64().unwrap_or(0);

@@ -145,6 +145,8 @@ pub(crate) fn update(
     bump_generation(resource, old, &mut new);
     let mut causes = Vec::new();
     meta::validate_update(resource, &new, old, &mut causes);
+    // The real server checks metadata before and within the rules of a kind, and reports both.
+    causes.extend_from_within(..);
     match &resource.custom {
         Some(custom) => custom.validate(&new, Some(old), &mut causes),
         None => rules::validate_update(resource, subresource, &new, old, &mut causes),

@@ -120,7 +120,7 @@ impl Registry {
     /// `GET /api/v1` and `GET /apis/GROUP/VERSION`.
     #[must_use]
     pub(crate) fn discovery_resources(&self, group: &str, version: &str) -> Option<Value> {
-        let mut list: BTreeMap<String, Value> = BTreeMap::new();
+        let mut list: BTreeMap<(String, usize), Value> = BTreeMap::new();
         let mut found = false;
         for resource in self.resources.iter().filter(|one| one.group == group && one.version == version) {
             found = true;
@@ -137,8 +137,8 @@ impl Registry {
             if resource.stored {
                 entry["storageVersionHash"] = storage_version_hash(resource).into();
             }
-            list.insert(resource.plural.clone(), entry);
-            for sub in &resource.subresources {
+            list.insert((resource.plural.clone(), 0), entry);
+            for (index, sub) in resource.subresources.iter().enumerate() {
                 let name = format!("{}/{}", resource.plural, sub.name);
                 let mut entry = json!({
                     "name": name, "singularName": "", "namespaced": resource.namespaced, "kind": sub.kind, "verbs": sub.verbs,
@@ -147,7 +147,9 @@ impl Registry {
                     entry["group"] = group.into();
                     entry["version"] = version.into();
                 }
-                list.insert(name, entry);
+                // Subresources follow by name, those of custom kinds in the order of their definition.
+                let key = if resource.is_custom() { (resource.plural.clone(), index + 1) } else { (name, 0) };
+                list.insert(key, entry);
             }
         }
         let group_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
@@ -225,7 +227,9 @@ fn aggregated_resource(resource: &Resource) -> Value {
 }
 
 fn storage_version_hash(resource: &Resource) -> String {
-    let text = format!("{}/{}/{}", resource.group, resource.version, resource.kind);
+    // Definitions are still stored as they were at first.
+    let version = if resource.is("apiext.CustomResourceDefinition") { "v1beta1" } else { &resource.version };
+    let text = format!("{}/{version}/{}", resource.group, resource.kind);
     base64::engine::general_purpose::STANDARD.encode(&Sha256::digest(text.as_bytes())[..8])
 }
 

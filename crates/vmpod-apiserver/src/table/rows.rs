@@ -234,6 +234,14 @@ fn node(object: &Value, name: &str, age: &str) -> Vec<Value> {
         let found = text(object, &["status", "nodeInfo", key]);
         Value::from(if found.is_empty() { "<unknown>" } else { found })
     };
+    let architecture = text(object, &["status", "nodeInfo", "architecture"]);
+    let mut kernel = text(object, &["status", "nodeInfo", "kernelVersion"]).to_owned();
+    if kernel.is_empty() {
+        kernel.push_str("<unknown>");
+    }
+    if !architecture.is_empty() {
+        kernel.push_str(&format!(" ({architecture})"));
+    }
     vec![
         name.into(),
         status.into(),
@@ -243,7 +251,7 @@ fn node(object: &Value, name: &str, age: &str) -> Vec<Value> {
         address("InternalIP"),
         address("ExternalIP"),
         info("osImage"),
-        info("kernelVersion"),
+        kernel.into(),
         info("containerRuntimeVersion"),
     ]
 }

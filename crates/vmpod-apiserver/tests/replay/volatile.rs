@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The day of the recording: times of that day were made by the server's clock.
 const RECORDED_DAY: &str = "2026-11-22T";
@@ -93,7 +93,7 @@ impl Names {
     }
 
     /// A recorded text with every recorded name in it replaced by ours.
-    fn replaced(&self, text: &str) -> String {
+    pub fn replaced(&self, text: &str) -> String {
         let mut out = text.to_owned();
         for (recorded, ours) in self.uids.iter().chain(&self.suffixes) {
             out = out.replace(recorded, ours);
@@ -155,18 +155,46 @@ fn random_end(text: &str) -> Option<&str> {
     fits.then_some(end)
 }
 
-/// The recording was made on a distribution that adds a second certificate bundle to every namespace and pod.
-pub fn drop_vendor_parts(value: &mut Value) {
+/// What in the recording isn't the API server's.
+///
+/// It was made on a distribution that adds a second certificate bundle to every namespace and pod, and with
+/// control plane processes that are clients of their own: we have no such processes, and what our controllers
+/// write has no field manager.
+pub fn drop_foreign_parts(value: &mut Value) {
     const VENDOR: &str = "openshift-service-ca.crt";
+    const PROCESSES: [&str; 3] = ["kapi", "kcm", "ksched"];
     let is_vendor = |one: &Value| {
         one["metadata"]["name"] == VENDOR || one["configMap"]["name"] == VENDOR || one["object"]["metadata"]["name"] == VENDOR
     };
+    let is_process = |one: &Value| one["manager"].as_str().is_some_and(|manager| PROCESSES.contains(&manager));
     match value {
         Value::Array(list) => {
-            list.retain(|one| !is_vendor(one));
-            list.iter_mut().for_each(drop_vendor_parts);
+            list.retain(|one| !is_vendor(one) && !is_process(one));
+            list.iter_mut().for_each(drop_foreign_parts);
         }
-        Value::Object(map) => map.values_mut().for_each(drop_vendor_parts),
+        Value::Object(map) => {
+            map.values_mut().for_each(drop_foreign_parts);
+            if map.get("managedFields").and_then(Value::as_array).is_some_and(Vec::is_empty) {
+                map.remove("managedFields");
+            }
+        }
         _ => {}
     }
+}
+
+/// Requests that must have been made between two recorded ones, for what follows is only so after them.
+pub fn unrecorded() -> Vec<(&'static str, Value)> {
+    let merge = json!({"Content-Type": "application/merge-patch+json"});
+    let maps = "/api/v1/namespaces/t/configmaps";
+    vec![
+        (
+            "11-delete/9",
+            json!({"method": "PATCH", "path": format!("{maps}/fin"), "headers": merge, "body": {"metadata": {"finalizers": null}}}),
+        ),
+        ("11-delete/9", json!({"method": "DELETE", "path": format!("{maps}?labelSelector=odd=1"), "headers": {}, "body": null})),
+        (
+            "12-server-side-apply/4",
+            json!({"method": "PATCH", "path": format!("{maps}/ssa?fieldManager=carol"), "headers": merge, "body": {"data": {"a": "9"}}}),
+        ),
+    ]
 }
