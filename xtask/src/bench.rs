@@ -7,7 +7,7 @@ mod pod_start;
 mod process;
 mod samples;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use clap::ValueEnum;
@@ -20,8 +20,8 @@ pub(crate) enum Name {
 }
 
 /// Runs one benchmark.
-pub(crate) fn run(name: Name, quick: bool, root: &Path) -> Result<()> {
+pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     match name {
-        Name::PodStart => pod_start::run(quick, root),
+        Name::PodStart => pod_start::run(quick, program, root),
     }
 }

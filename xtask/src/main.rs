@@ -26,13 +26,16 @@ enum Task {
         /// Fewer rounds: under a minute, noisier
         #[arg(long)]
         quick: bool,
+        /// Measure this vmpod instead of building one
+        #[arg(long, value_name = "FILE")]
+        program: Option<PathBuf>,
     },
 }
 
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().task {
         Task::Tidy => tidy::run(&root()),
-        Task::Bench { name, quick } => bench::run(name, quick, &root()),
+        Task::Bench { name, quick, program } => bench::run(name, quick, program, &root()),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -22,10 +22,11 @@ use super::samples::Samples;
 
 const START: Duration = Duration::from_mins(2);
 
-pub(super) fn run(quick: bool, root: &Path) -> Result<()> {
+pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     let rounds = if quick { 3 } else { 10 };
     let pods_for_memory = if quick { 0 } else { 4 };
-    let program = build(root)?;
+    let program = program.map_or_else(|| build(root), Ok)?;
+    let program = fs::canonicalize(&program).with_context(|| format!("no program {}", program.display()))?;
     let guest = root.join("target/guest/tiny.oci");
     ensure!(guest.is_dir(), "{} is missing: run `make guest` first", guest.display());
     rustls::crypto::ring::default_provider().install_default().ok();
@@ -194,7 +195,7 @@ impl ByHand {
     fn ssh_true(&self) -> Result<bool> {
         let status = Command::new("ssh")
             .args(["-F", "/dev/null", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"])
-            .args(["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=10"])
+            .args(["-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR", "-o", "ConnectTimeout=2"])
             .arg("-i")
             .arg(self.dir.join("id_ed25519"))
             .args(["-p", &self.port.to_string(), &format!("{}@{}", self.user, self.address), "true"])
