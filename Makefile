@@ -49,7 +49,7 @@ demo: ## boot a virtual machine as a Pod, talk to it, clean up
 	scripts/demo
 
 bench: build guest ## pod created to exec answered, against QEMU started by hand
-	cargo xtask bench pod-start
+	scripts/prerequisites e2e && cargo xtask bench pod-start
 
 clean: ## remove everything that was made here
 	cargo clean
