@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,8 +60,11 @@ impl Source {
             };
         }
         let mut magic = Vec::new();
-        File::open(path).and_then(|file| file.take(4).read_to_end(&mut magic)).map_err(failed)?;
-        Ok(if magic == qcow2::MAGIC { Self::Qcow2(path.to_owned()) } else { Self::Raw(path.to_owned()) })
+        File::open(path).and_then(|file| file.take(512).read_to_end(&mut magic)).map_err(failed)?;
+        if magic.get(257..262) == Some(b"ustar") {
+            return Err(ImportError::Archive(path.to_owned()));
+        }
+        Ok(if magic.starts_with(&qcow2::MAGIC) { Self::Qcow2(path.to_owned()) } else { Self::Raw(path.to_owned()) })
     }
 }
 
@@ -194,6 +198,12 @@ pub enum ImportError {
         /// What happened.
         source: Box<NativeError>,
     },
+    /// A tar archive where a disk was expected.
+    #[error("{0} is a tar archive, no disk: unpack it, and import the disk or the OCI layout in it")]
+    Archive(PathBuf),
+    /// An image of a kernel alone.
+    #[error("image {0} has no disk to export")]
+    NoDisk(Digest),
     /// A configuration that can't be written.
     #[error("couldn't write the configuration")]
     Json(#[source] serde_json::Error),
@@ -486,4 +496,71 @@ fn export_blocking(store: &Store, image: &Image, path: &Path, tag: &str) -> Resu
     descriptor.artifact_type = Some(media::ARTIFACT.to_owned());
     layout.add(descriptor, tag)?;
     Ok(())
+}
+
+/// Makes the native form of an image of another format, under the name `to`. The disks are shared, not copied. A native image just gets
+/// the name.
+pub async fn convert(store: &Store, image: &Image, to: &Reference) -> Result<Image, ImportError> {
+    let (store, image, to) = (store.clone(), image.clone(), to.clone());
+    tokio::task::spawn_blocking(move || convert_blocking(&store, &image, &to))
+        .await
+        .map_err(|_| ImportError::Stopped)?
+}
+
+fn convert_blocking(store: &Store, image: &Image, to: &Reference) -> Result<Image, ImportError> {
+    if image.format == native::NAME {
+        store.tag(image.digest, to)?;
+        return store.image(image.digest)?.ok_or_else(|| StoreError::NoImage(image.digest).into());
+    }
+    let failed = |source| ImportError::Native { image: image.digest, source: Box::new(source) };
+    let from = store.record(image.digest)?.ok_or(StoreError::NoImage(image.digest))?;
+    let native = NativeImage::of(store, image).map_err(failed)?;
+    let (config, manifest) = native.documents(&HashMap::new()).map_err(failed)?;
+    let known: Config = serde_json::from_slice(&config).map_err(ImportError::Json)?;
+    let work = Work::scratch(store)?;
+    let disks = (0..known.disks.len()).map(Part::Disk);
+    for part in disks.chain(from.files.iter().map(|file| file.part)) {
+        let (source, target) =
+            (store.image_dir(image.digest).join(part.file_name()), work.dir().join(part.file_name()));
+        std::fs::hard_link(&source, &target).map_err(io("share", &source))?;
+    }
+    let windows = native.disk_windows();
+    let mut record =
+        Record::new(Digest::of(&manifest), native::NAME, jiff::Timestamp::now(), known, native.transfer_bytes());
+    record.files = from.files;
+    Ok(work.publish(store, &Finished { record, windows, manifest: &manifest, config: &config }, to)?)
+}
+
+/// Writes the first disk of an image as a raw file, holes left out; an existing file is replaced.
+pub async fn export_raw(store: &Store, image: &Image, path: &Path) -> Result<(), ImportError> {
+    let (from, path) = (store.image_dir(image.digest).join(Part::Disk(0).file_name()), path.to_owned());
+    if image.config.disks.is_empty() {
+        return Err(ImportError::NoDisk(image.digest));
+    }
+    tokio::task::spawn_blocking(move || Ok(copy_sparse(&from, &path)?)).await.map_err(|_| ImportError::Stopped)?
+}
+
+fn copy_sparse(from: &Path, to: &Path) -> Result<(), StoreError> {
+    files::remove_file(to)?;
+    if reflink_copy::reflink(from, to).is_ok() {
+        let writable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
+        return std::fs::set_permissions(to, writable).map_err(io("make writable", to));
+    }
+    let source = File::open(from).map_err(io("open", from))?;
+    let size = source.metadata().map_err(io("read", from))?.len();
+    let target = File::create(to).map_err(io("make", to))?;
+    target.set_len(size).map_err(io("set the size of", to))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    while let Some((start, end)) = files::next_data(&source, at, size).map_err(io("read", from))? {
+        let mut here = start;
+        while here < end {
+            let step = usize::try_from(end - here).unwrap_or(usize::MAX).min(buffer.len());
+            source.read_exact_at(&mut buffer[..step], here).map_err(io("read", from))?;
+            files::write_sparse(&target, here, &buffer[..step]).map_err(io("write", to))?;
+            here += step as u64;
+        }
+        at = end;
+    }
+    target.sync_all().map_err(io("sync", to))
 }

@@ -14,7 +14,7 @@ use crate::ingest::{Disk, Ingest, Packer};
 use crate::manifest::{Descriptor, Manifest};
 use crate::push::read_range;
 use crate::store::files::{self, io};
-use crate::store::record::Part;
+use crate::store::record::{Part, Window, Windows};
 use crate::store::{Store, StoreError};
 
 /// Why the native form couldn't be made.
@@ -59,6 +59,8 @@ pub(crate) struct NativeImage {
     manifest: Manifest,
     /// The manifest's bytes, when it is the image's own.
     original: Option<Vec<u8>>,
+    /// Every window and file, in the order of the layers.
+    places: Vec<(Part, Window)>,
     /// Per layer: where its raw bytes are.
     windows: HashMap<Digest, (Part, u64, u64, Digest)>,
 }
@@ -110,21 +112,44 @@ impl NativeImage {
 
     fn new(dir: PathBuf, config: Vec<u8>, manifest: Manifest, original: Option<Vec<u8>>) -> Result<Self, NativeError> {
         let plan = native::plan(&manifest, &config).map_err(NativeError::Format)?;
-        let windows = plan
-            .layers
-            .iter()
-            .filter_map(|layer| {
-                let Target::File { part, offset } = layer.target else { return None };
-                Some((layer.blobs.first()?.digest, (part, offset, layer.raw_size?, layer.raw_digest?)))
-            })
-            .collect();
-        Ok(Self { dir, config, manifest, original, windows })
+        let mut places = Vec::new();
+        let mut windows = HashMap::new();
+        for layer in &plan.layers {
+            let Target::File { part, offset } = layer.target else { continue };
+            if let (Some(blob), Some(size), Some(digest)) = (layer.blobs.first(), layer.raw_size, layer.raw_digest) {
+                places.push((part, Window { offset, size, digest }));
+                windows.insert(blob.digest, (part, offset, size, digest));
+            }
+        }
+        Ok(Self { dir, config, manifest, original, places, windows })
     }
 
     /// The layers, equal ones once.
     pub(crate) fn distinct_layers(&self) -> Vec<Descriptor> {
         let mut seen = HashSet::new();
         self.manifest.layers.iter().filter(|layer| seen.insert(layer.digest)).cloned().collect()
+    }
+
+    /// The windows of the disks.
+    pub(crate) fn disk_windows(&self) -> Windows {
+        let mut windows = Windows::default();
+        for &(part, window) in &self.places {
+            if let Part::Disk(index) = part {
+                if windows.disks.len() <= index {
+                    windows.disks.resize(index + 1, Vec::new());
+                }
+                windows.disks[index].push(window);
+            }
+        }
+        for disk in &mut windows.disks {
+            disk.sort_unstable_by_key(|window| window.offset);
+        }
+        windows
+    }
+
+    /// The bytes that a registry holds for it.
+    pub(crate) fn transfer_bytes(&self) -> u64 {
+        self.manifest.transfer_bytes()
     }
 
     /// The size of the largest window or file, bytes.

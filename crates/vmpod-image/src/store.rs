@@ -40,11 +40,15 @@ use crate::progress::Progress;
 use crate::reference::Reference;
 
 pub(crate) mod files;
+mod prune;
 pub(crate) mod record;
+mod verify;
 pub(crate) mod work;
 
 use files::Lock;
+pub use prune::{Prune, Pruned};
 use record::{Record, read_json, write_json};
+pub use verify::Damage;
 
 /// The local store of images: cheap to clone, safe for several processes.
 #[derive(Clone, Debug)]
@@ -244,6 +248,7 @@ impl Store {
                 write_json(&path, &pin)?;
             }
         }
+        prune::mark_used(&self.image_dir(image.digest));
         crate::clone::make(self, image, into, disk_size)
     }
 
