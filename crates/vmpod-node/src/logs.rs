@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use tokio::sync::watch::Receiver;
 
 pub use options::{LogOptions, QueryError};
-pub use reader::read;
+pub use reader::{open, read};
 pub use record::{Position, Stream};
 pub use writer::{Limits, LogError, Progress, Writer};
 

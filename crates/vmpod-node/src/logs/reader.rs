@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::Stream as AsyncStream;
+use futures::{Stream as AsyncStream, TryStreamExt as _};
 
 use super::{
     Live, LogError, LogFile, LogOptions, Stream,
@@ -21,31 +21,28 @@ use super::{
 /// How much of a file is read at a time.
 const BLOCK: usize = 64 * 1024;
 
-/// The log as its reader wants it. Ends at the end of the log, or when following, at the end of the attempt.
+/// The log as its reader wants it, from where it is now. Ends at the end of the log, or when following, at the end
+/// of the attempt.
+pub async fn open(
+    log: LogFile,
+    options: LogOptions,
+) -> Result<impl AsyncStream<Item = Result<Bytes, LogError>> + Send + 'static, LogError> {
+    let follow = options.follow;
+    let (cursor, log) =
+        blocking(move || Cursor::open(&log.path, options).map(|cursor| (cursor, log))).await?;
+    let follower = Follower::new(cursor, log, follow)?;
+    Ok(futures::stream::try_unfold(follower, |mut follower| async {
+        let next = follower.next().await?;
+        Ok(next.map(|bytes| (bytes, follower)))
+    }))
+}
+
+/// As [`open`], but at the first poll; then the first item may tell that it failed.
 pub fn read(
     log: LogFile,
     options: LogOptions,
 ) -> impl AsyncStream<Item = Result<Bytes, LogError>> + Send + 'static {
-    futures::stream::try_unfold(Start::New(log, options), |state| async {
-        let mut follower = match state {
-            Start::New(log, options) => {
-                let follow = options.follow;
-                let (cursor, log) = blocking(move || {
-                    Cursor::open(&log.path, options).map(|cursor| (cursor, log))
-                })
-                .await?;
-                Follower::new(cursor, log, follow)?
-            }
-            Start::Going(follower) => follower,
-        };
-        let next = follower.next().await?;
-        Ok(next.map(|bytes| (bytes, Start::Going(follower))))
-    })
-}
-
-enum Start {
-    New(LogFile, LogOptions),
-    Going(Follower),
+    futures::stream::once(open(log, options)).try_flatten()
 }
 
 async fn blocking<T: Send + 'static>(

@@ -147,12 +147,6 @@ impl Writer {
         self.written
     }
 
-    /// The earlier of both places.
-    #[must_use]
-    pub fn resume(&self) -> u64 {
-        self.written.stdout.min(self.written.stderr)
-    }
-
     /// What followers in this process wait on. Dropping the writer ends them as well.
     #[must_use]
     pub fn progress(&self) -> watch::Receiver<Progress> {

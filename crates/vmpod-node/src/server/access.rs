@@ -1,7 +1,7 @@
 //! Who calls, and what that caller may do.
 //!
 //! A caller is known by a client certificate or by a bearer token that the API reviews; there are no anonymous callers.
-//! What it may do, the API decides (SubjectAccessReview). When the API can't be asked, nobody new gets in.
+//! What it may do, the API decides (`SubjectAccessReview`). When the API can't be asked, nobody new gets in.
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -56,7 +56,7 @@ async fn admit(app: &App, request: &Parts) -> Result<User, Response> {
         Ok(true) => Ok(user),
         Ok(false) => Err(plain(StatusCode::FORBIDDEN, &format!("Forbidden ({})", asked()))),
         Err(error) => {
-            tracing::warn!(error = %chain(&error), "could not ask what a caller of the kubelet API may do");
+            tracing::warn!(error = crate::error_chain(&error), "could not ask what a caller of the kubelet API may do");
             let message = format!("Authorization error ({})", asked());
             Err(plain(StatusCode::INTERNAL_SERVER_ERROR, &message))
         }
@@ -74,23 +74,20 @@ async fn identify(app: &App, request: &Parts) -> Option<User> {
     match app.access.authenticate(&token).await {
         Ok(user) => user,
         Err(error) => {
-            tracing::warn!(error = %chain(&error), "could not review the token of a caller of the kubelet API");
+            tracing::warn!(error = crate::error_chain(&error), "could not review the token of a caller of the kubelet API");
             None
         }
     }
 }
 
 fn token(headers: &HeaderMap) -> Option<String> {
-    let token = match headers.get(header::AUTHORIZATION) {
-        Some(value) => {
-            let (scheme, token) = value.to_str().ok()?.trim().split_once(' ')?;
-            scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())?
-        }
-        None => {
-            let offered = offers(headers, header::SEC_WEBSOCKET_PROTOCOL.as_str());
-            let encoded = offered.iter().find_map(|offer| offer.strip_prefix(TOKEN_PROTOCOL))?;
-            String::from_utf8(URL_SAFE_NO_PAD.decode(encoded.trim_end_matches('=')).ok()?).ok()?
-        }
+    let token = if let Some(value) = headers.get(header::AUTHORIZATION) {
+        let (scheme, token) = value.to_str().ok()?.trim().split_once(' ')?;
+        scheme.eq_ignore_ascii_case("bearer").then(|| token.trim().to_owned())?
+    } else {
+        let offered = offers(headers, header::SEC_WEBSOCKET_PROTOCOL.as_str());
+        let encoded = offered.iter().find_map(|offer| offer.strip_prefix(TOKEN_PROTOCOL))?;
+        String::from_utf8(URL_SAFE_NO_PAD.decode(encoded.trim_end_matches('=')).ok()?).ok()?
     };
     (!token.is_empty() && token.len() <= MAX_TOKEN).then_some(token)
 }
@@ -115,15 +112,4 @@ fn route(path: &str) -> &'static str {
         "runningpods", "stats",
     ];
     routes.into_iter().find(|route| *route == first).unwrap_or("other")
-}
-
-/// An error with its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }

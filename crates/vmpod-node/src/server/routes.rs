@@ -17,7 +17,7 @@ use serde_json::json;
 
 use super::{
     App, PodRef, RuntimeError, Target,
-    guard::{chain, guard, plain},
+    guard::{guard, plain},
     metrics, sessions, summary,
 };
 use crate::logs::{self, LogOptions, QueryError};
@@ -97,7 +97,7 @@ impl IntoResponse for RuntimeError {
             Self::NotRunning { .. } | Self::NoLog { .. } | Self::Unsupported(_) => StatusCode::BAD_REQUEST,
             Self::Guest { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        plain(status, &chain(&self))
+        plain(status, &crate::error_chain(&self))
     }
 }
 
@@ -137,12 +137,16 @@ async fn container_logs(
             return plain(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string());
         }
     };
-    match app.runtime.logs(&path.into(), options.previous).await {
-        Ok(log) => {
-            let body = Body::from_stream(logs::read(log, options));
-            ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response()
+    let log = match app.runtime.logs(&path.into(), options.previous).await {
+        Ok(log) => log,
+        Err(error) => return error.into_response(),
+    };
+    match logs::open(log, options).await {
+        Ok(lines) => {
+            let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
+            (kind, Body::from_stream(lines)).into_response()
         }
-        Err(error) => error.into_response(),
+        Err(error) => plain(StatusCode::BAD_REQUEST, &crate::error_chain(&error)),
     }
 }
 
@@ -166,7 +170,7 @@ async fn own_metrics(State(app): State<Arc<App>>) -> Response {
 async fn resource_metrics(State(app): State<Arc<App>>) -> Response {
     let stats = app.runtime.stats().await;
     if let Err(error) = &stats {
-        tracing::warn!(error = %chain(error), "no figures for /metrics/resource");
+        tracing::warn!(error = crate::error_chain(error), "no figures for /metrics/resource");
     }
     ([(header::CONTENT_TYPE, PROMETHEUS)], metrics::resource(stats.ok().as_ref())).into_response()
 }

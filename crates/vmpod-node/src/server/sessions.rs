@@ -4,7 +4,7 @@ use std::{pin::Pin, sync::Arc, task::{Context, Poll}};
 
 use axum::{
     extract::{FromRequestParts as _, Path, Request, State, WebSocketUpgrade, ws::WebSocket},
-    response::{IntoResponse as _, Response},
+    response::{IntoResponse, Response},
 };
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
@@ -14,7 +14,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWrite, DuplexStream};
 
 use super::{
     App, AttachRequest, ExecRequest, PodRef, Streams, Target,
-    guard::{chain, offers, plain},
+    guard::{offers, plain},
     routes::{ContainerPath, Pairs, PodPath, borrowed},
 };
 use crate::streaming::{
@@ -81,7 +81,7 @@ async fn session(
                 remote::over_spdy(io, protocol, wanted, runtime, target, operation).await;
             }
             Connection::WebSocket(socket, protocol) => {
-                remote::over_websocket(socket, protocol, wanted, runtime, target, operation).await;
+                remote::over_websocket(*socket, protocol, wanted, runtime, target, operation).await;
             }
         }
     })
@@ -117,10 +117,10 @@ pub(super) async fn port_forward(
         match connection {
             Connection::Spdy(io, _) => forward::over_spdy(io, runtime, pod).await,
             Connection::WebSocket(socket, forward::TUNNEL_PROTOCOL) => {
-                forward::over_spdy(websocket::tunnel(socket), runtime, pod).await;
+                forward::over_spdy(websocket::tunnel(*socket), runtime, pod).await;
             }
             Connection::WebSocket(socket, protocol) => {
-                forward::over_websocket(socket, protocol, ports, runtime, pod).await;
+                forward::over_websocket(*socket, protocol, ports, runtime, pod).await;
             }
         }
     })
@@ -135,7 +135,7 @@ enum Upgrade {
 /// An upgraded connection.
 enum Connection {
     Spdy(TokioIo<hyper::upgrade::Upgraded>, &'static str),
-    WebSocket(WebSocket, &'static str),
+    WebSocket(Box<WebSocket>, &'static str),
 }
 
 impl Upgrade {
@@ -152,7 +152,7 @@ impl Upgrade {
         if has_token(&parts.headers, &header::UPGRADE, "websocket") && parts.method == Method::GET {
             let offered = offers(&parts.headers, header::SEC_WEBSOCKET_PROTOCOL.as_str());
             let upgrade = WebSocketUpgrade::from_request_parts(&mut parts, &()).await;
-            let mut upgrade = upgrade.map_err(|rejection| rejection.into_response())?;
+            let mut upgrade = upgrade.map_err(IntoResponse::into_response)?;
             let protocol = match negotiate(web_socket, &offered) {
                 Some(protocol) => {
                     upgrade.set_selected_protocol(HeaderValue::from_static(protocol));
@@ -213,7 +213,7 @@ impl Upgrade {
         };
         match self {
             Self::WebSocket(upgrade, protocol) => {
-                upgrade.on_upgrade(move |socket| work(Connection::WebSocket(socket, protocol)))
+                upgrade.on_upgrade(move |socket| work(Connection::WebSocket(Box::new(socket), protocol)))
             }
             Self::Spdy(upgrade, protocol, named) => {
                 tokio::spawn(async move {
@@ -282,7 +282,7 @@ pub(super) async fn run(
             plain(StatusCode::INTERNAL_SERVER_ERROR, &message)
         }
         Err(error) => {
-            tracing::debug!(error = %chain(&error), "a command that was posted failed");
+            tracing::debug!(error = crate::error_chain(&error), "a command that was posted failed");
             error.into_response()
         }
     }

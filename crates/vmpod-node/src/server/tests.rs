@@ -75,8 +75,8 @@ impl World {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let stop = CancellationToken::new();
-        let served = tokio::spawn(server.serve(listener, stop.clone()));
-        Self { address, authority, api, runtime, serving, stop, served }
+        let task = tokio::spawn(server.serve(listener, stop.clone()));
+        Self { address, authority, api, runtime, serving, stop, served: task }
     }
 
     async fn connect(&self, who: As<'_>) -> tokio_rustls::client::TlsStream<TcpStream> {

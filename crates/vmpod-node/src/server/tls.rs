@@ -161,10 +161,10 @@ impl Serving {
         }
         let mut last = None;
         loop {
-            let changes = watches.iter_mut().map(|watch| Box::pin(watch.changed()));
+            let next = watches.iter_mut().map(|watch| Box::pin(watch.changed()));
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
-                (changed, ..) = futures::future::select_all(changes) => changed?,
+                (changed, ..) = futures::future::select_all(next) => changed?,
             }
             let taken = Pem::read(&cert, &key, client_ca.as_deref()).and_then(|pem| {
                 let seen = (pem.cert.clone(), pem.key.clone(), pem.client_ca.clone());

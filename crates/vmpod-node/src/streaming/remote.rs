@@ -136,7 +136,7 @@ impl ErrorForm {
                 (message, status)
             }
             Err(error) => {
-                let message = format!("error {verb} container: {}", chain(error));
+                let message = format!("error {verb} container: {}", crate::error_chain(error));
                 let status = json!({
                     "metadata": {},
                     "status": "Failure",
@@ -155,17 +155,6 @@ impl ErrorForm {
     }
 }
 
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
-}
-
 /// The streams of a session, whatever carried them here.
 struct Channels {
     streams: Streams,
@@ -181,7 +170,7 @@ async fn run(runtime: &dyn Runtime, target: &Target, operation: Operation, chann
         Operation::Attach(request) => runtime.attach(target, request, streams).await,
     };
     if let Err(error) = &result {
-        tracing::warn!(%target, error = %chain(error), "a session failed");
+        tracing::warn!(%target, error = crate::error_chain(error), "a session failed");
     }
     let told = async {
         error.write_all(&form.render(verb, &result)).await?;

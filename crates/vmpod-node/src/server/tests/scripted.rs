@@ -49,8 +49,8 @@ impl Scripted {
     /// Waits until so many commands sleep.
     pub(super) async fn sleeping(&self, wanted: usize) {
         let mut count = self.sleeping.subscribe();
-        let waited = count.wait_for(|count| *count == wanted);
-        tokio::time::timeout(std::time::Duration::from_secs(5), waited).await.unwrap().unwrap();
+        let reached = count.wait_for(|count| *count == wanted);
+        tokio::time::timeout(std::time::Duration::from_secs(5), reached).await.unwrap().unwrap();
     }
 
     fn pod(&self, pod: &PodRef) -> Result<(), RuntimeError> {
