@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use vmpod_machine::qemu::Qemu;
 use vmpod_machine::{
-    Access, Accel, Arch, Auth, Boot, Cpus, Exec, GuestOs, GuestState, MacAddr, MachineId, Machines, Memory, Network,
+    Accel, Access, Arch, Auth, Boot, Cpus, Exec, GuestOs, GuestState, MacAddr, MachineId, Machines, Memory, Network,
     Seed, Spec, loopback,
 };
 

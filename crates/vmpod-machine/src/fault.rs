@@ -25,11 +25,7 @@ impl FaultPoints {
     /// Dies when the `at`-th point (from 0) is reached.
     #[must_use]
     pub fn crash_at(at: usize) -> Self {
-        Self(Some(Arc::new(Plan {
-            at,
-            hits: AtomicUsize::new(0),
-            dead: watch::Sender::new(None),
-        })))
+        Self(Some(Arc::new(Plan { at, hits: AtomicUsize::new(0), dead: watch::Sender::new(None) })))
     }
 
     /// Counts points without ever dying, to learn how many a scenario has.

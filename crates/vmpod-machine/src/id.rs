@@ -14,9 +14,7 @@ pub struct MachineId(String);
 
 /// Why a text is no [`MachineId`].
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error(
-    "\"{text}\" can't name a machine: use 1 to 63 of a-z, 0-9 and '-', with a letter or digit at both ends"
-)]
+#[error("\"{text}\" can't name a machine: use 1 to 63 of a-z, 0-9 and '-', with a letter or digit at both ends")]
 pub struct InvalidMachineId {
     text: String,
 }

@@ -177,6 +177,28 @@ mod tests {
         assert_eq!(rom[65520..65525], RESET);
     }
 
+    /// Under emulation the ROM runs on any host, so this shows that a working KVM would be found to work.
+    #[tokio::test]
+    async fn the_rom_runs() {
+        assert_eq!(probe_now(&Qemu::default(), "tcg", Duration::from_mins(1)).await, Kvm::Works);
+    }
+
+    #[tokio::test]
+    async fn a_program_that_hangs_or_fails_is_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let script = |name: &str, text: &str| {
+            let program = dir.path().join(name);
+            std::fs::write(&program, text).unwrap();
+            std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+            Qemu { program }
+        };
+        let hangs = script("hangs", "#!/bin/sh\nexec sleep 60\n");
+        assert_eq!(probe_now(&hangs, "tcg", Duration::from_millis(100)).await, Kvm::Hangs);
+        let fails = script("fails", "#!/bin/sh\necho 'no such accelerator' >&2\nexit 1\n");
+        let why = Kvm::Fails("no such accelerator".to_owned());
+        assert_eq!(probe_now(&fails, "tcg", Duration::from_mins(1)).await, why);
+    }
+
     #[tokio::test]
     async fn an_answer_is_kept_for_this_boot_only() {
         let dir = tempfile::tempdir().unwrap();

@@ -33,15 +33,13 @@ pub mod spec;
 
 pub use fault::FaultPoints;
 pub use guest::main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started, StdStream};
-pub use guest::{
-    Exec, ExecControl, ExecSession, ExitStatus, Guest, GuestError, GuestState, Signal, Waiting, Winsize,
-};
+pub use guest::{Exec, ExecControl, ExecSession, ExitStatus, Guest, GuestError, GuestState, Signal, Waiting, Winsize};
 pub use hypervisor::{Hypervisor, HypervisorError, Stats};
 pub use id::MachineId;
 pub use lifecycle::{Exit, ExitCause, State};
 pub use machine::Machine;
 pub use machines::{Adopted, MachineError, Machines, SshKey};
 pub use spec::{
-    Access, Accel, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, Memory, Network,
+    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, Memory, Network,
     Protocol, Secret, Seed, Spec,
 };

@@ -121,6 +121,8 @@ pub enum Input {
         /// Now.
         now: Timestamp,
     },
+    /// It was told to stop a while ago and still runs.
+    StillRuns,
     /// The deadline of [`State::Stopping`] passed.
     DeadlinePassed,
     /// Somebody wants it to hold still.
@@ -138,6 +140,8 @@ pub enum Effect {
     Spawn,
     /// Press the power button.
     PowerDown,
+    /// Tell the guest over its login to shut down: it may have no ear for the button.
+    AskGuest,
     /// Kill the process.
     Kill,
     /// Stop the guest's processors.
@@ -193,6 +197,7 @@ pub fn step(state: State, input: Input) -> Result<(State, Vec<Effect>), Denied> 
             (S::Stopping { deadline: deadline.min(other) }, vec![E::PowerDown])
         }
         (S::Stopping { deadline }, I::Kill { now }) => (S::Stopping { deadline: deadline.min(now) }, vec![E::Kill]),
+        (S::Stopping { deadline }, I::StillRuns) => (S::Stopping { deadline }, vec![E::PowerDown, E::AskGuest]),
         (S::Stopping { deadline }, I::DeadlinePassed) => (S::Stopping { deadline }, vec![E::Kill]),
 
         (state @ (S::Booting | S::Running | S::Paused | S::Stopping { .. }), _) => (state, vec![]),
@@ -220,6 +225,7 @@ mod tests {
             Just(Input::StartFailed("no".to_owned())),
             (0..100i64).prop_map(|s| Input::Stop { deadline: time(s) }),
             (0..100i64).prop_map(|s| Input::Kill { now: time(s) }),
+            Just(Input::StillRuns),
             Just(Input::DeadlinePassed),
             Just(Input::Pause),
             Just(Input::Resume),
@@ -247,7 +253,11 @@ mod tests {
                             match effect {
                                 Effect::Spawn => spawned += 1,
                                 Effect::Record(_) => recorded += 1,
-                                Effect::PowerDown | Effect::Kill | Effect::Pause | Effect::Resume => {
+                                Effect::PowerDown
+                                | Effect::AskGuest
+                                | Effect::Kill
+                                | Effect::Pause
+                                | Effect::Resume => {
                                     prop_assert!(before.is_live(), "{effect:?} without a process");
                                 }
                             }

@@ -12,13 +12,15 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::console;
 use crate::directory::{self, MachineDir};
 use crate::fault::FaultPoints;
-use crate::guest::Guest;
+use crate::guest::{Exec, Guest};
 use crate::hypervisor::{Hypervisor, HypervisorError, Process, Stats};
 use crate::id::MachineId;
 use crate::lifecycle::{Denied, Effect, Exit, Input, State, step};
 use crate::machines::MachineError;
-use crate::spec::Spec;
+use crate::spec::{GuestOs, Spec};
 
+/// How long a guest may take to hear its power button before it is asked over its login too.
+const BUTTON: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 5000 });
 /// How much of a console is kept, at least.
 const CONSOLE_KEPT: u64 = 16 << 20;
 /// How often a console is looked at.
@@ -161,6 +163,9 @@ pub(crate) struct Driver {
     commands: mpsc::UnboundedReceiver<Command>,
     process: Option<Arc<dyn Process>>,
     starting: Option<Starting>,
+    guest: Guest,
+    /// When to look whether a guest that was told to stop does.
+    ask_at: Option<Timestamp>,
 }
 
 type Starting = Pin<Box<dyn Future<Output = Result<Box<dyn Process>, HypervisorError>> + Send>>;
@@ -189,7 +194,9 @@ impl Driver {
             }),
         };
         let process = process.map(Arc::from);
-        (machine, Self { spec, dir, hypervisor, faults, state, commands, process, starting: None })
+        let guest = machine.guest();
+        let ask_at = None;
+        (machine, Self { spec, dir, hypervisor, faults, state, commands, process, starting: None, guest, ask_at })
     }
 
     /// Drives the machine until nobody can ask for anything any more.
@@ -242,6 +249,10 @@ impl Driver {
                     }
                     continue;
                 }
+                () = sleep_until(self.ask_at) => {
+                    self.ask_at = None;
+                    Input::StillRuns
+                },
                 () = sleep_until(deadline) => {
                     let result = self.take(Input::DeadlinePassed).await;
                     debug_assert!(result.is_ok(), "a deadline is never denied");
@@ -291,7 +302,15 @@ impl Driver {
                 directory::write_json(&path, &exit)
                     .map_err(HypervisorError::io(format!("can't write {}", path.display())))
             }
-            (Effect::PowerDown, Some(process)) => process.power_down().await,
+            (Effect::PowerDown, Some(process)) => {
+                self.ask_at = Timestamp::now().checked_add(BUTTON).ok();
+                process.power_down().await
+            }
+            (Effect::AskGuest, Some(_)) => {
+                self.ask_at = None;
+                tokio::spawn(ask_to_shut_down(self.guest.clone(), self.spec.os));
+                Ok(())
+            }
             (Effect::Kill, Some(process)) => process.kill().await,
             (Effect::Pause, Some(process)) => process.pause().await,
             (Effect::Resume, Some(process)) => process.resume().await,
@@ -302,6 +321,20 @@ impl Driver {
             tracing::warn!(machine = %self.spec.id, ?effect, error = error_chain(&error), "effect failed");
         }
         self.faults.hit("machine: effect done").await;
+    }
+}
+
+/// Tells the guest to shut down, if it answers. Its own end is the answer.
+async fn ask_to_shut_down(guest: Guest, os: GuestOs) {
+    let command = match os {
+        // Not root everywhere; where sudo wants a password, the deadline decides.
+        GuestOs::Linux | GuestOs::Macos => {
+            ["sh", "-c", "[ \"$(id -u)\" = 0 ] || exec sudo -n shutdown -h now; shutdown -h now || poweroff"].as_slice()
+        }
+        GuestOs::Windows => ["shutdown", "/s", "/t", "0"].as_slice(),
+    };
+    if let Ok(session) = guest.exec(Exec::new(command.iter().copied())).await {
+        session.wait().await.ok();
     }
 }
 

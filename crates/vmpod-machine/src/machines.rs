@@ -103,8 +103,8 @@ struct Inner {
     hypervisor: Arc<dyn Hypervisor>,
     faults: FaultPoints,
     known: Mutex<HashMap<MachineId, Entry>>,
-    /// Makes `create` and `remove` of one name follow each other.
-    changing: tokio::sync::Mutex<()>,
+    /// Makes `create` and `remove` of one name follow each other, and lets other names go on.
+    changing: Mutex<HashMap<MachineId, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 struct Entry {
@@ -147,7 +147,7 @@ impl Machines {
                     hypervisor,
                     faults,
                     known: Mutex::default(),
-                    changing: tokio::sync::Mutex::default(),
+                    changing: Mutex::default(),
                 }),
             })
             .map_err(|source| MachineError::Io { action: "make the directory", path: root, source })
@@ -180,7 +180,7 @@ impl Machines {
 
     /// Writes down a machine and makes its seed. A second call with the same description gives the same machine.
     pub async fn create(&self, spec: Spec) -> Result<Machine, MachineError> {
-        let _changing = self.inner.changing.lock().await;
+        let _changing = self.changing(&spec.id).await;
         if let Some(machine) = self.get(&spec.id) {
             return if *machine.spec() == spec { Ok(machine) } else { Err(MachineError::Exists(spec.id)) };
         }
@@ -224,7 +224,9 @@ impl Machines {
     pub fn addresses(&self) -> std::collections::BTreeSet<Ipv4Addr> {
         self.known()
             .values()
-            .flat_map(|entry| entry.machine.spec().networks.iter().map(|Network::User { address, .. }| *address).collect::<Vec<_>>())
+            .flat_map(|entry| {
+                entry.machine.spec().networks.iter().map(|Network::User { address, .. }| *address).collect::<Vec<_>>()
+            })
             .collect()
     }
 
@@ -232,7 +234,6 @@ impl Machines {
     ///
     /// A [`Adopted::Broken`] machine isn't known afterwards; it is there to be removed.
     pub async fn adopt(&self) -> Result<Vec<(MachineId, Adopted)>, MachineError> {
-        let _changing = self.inner.changing.lock().await;
         let read = |source| MachineError::Io { action: "read the directory", path: self.inner.root.clone(), source };
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&self.inner.root).map_err(read)? {
@@ -247,6 +248,7 @@ impl Machines {
         }
         names.sort();
         let all = names.into_iter().map(|id| async move {
+            let _changing = self.changing(&id).await;
             let dir = MachineDir::new(&self.inner.root, &id);
             let (found, _) = self.adopt_one(&dir).await;
             (id, found)
@@ -307,7 +309,7 @@ impl Machines {
     /// Removes a machine and all its files. With `kill`, a process that is left is ended first; without, it is an error.
     /// A machine that isn't there is no error.
     pub async fn remove(&self, id: &MachineId, kill: bool) -> Result<(), MachineError> {
-        let _changing = self.inner.changing.lock().await;
+        let _changing = self.changing(id).await;
         let dir = MachineDir::new(&self.inner.root, id);
         if let Some(machine) = self.get(id) {
             let live = machine.state().borrow().is_live();
@@ -374,6 +376,17 @@ impl Machines {
         tasks.push(tokio::spawn(driver.run()).abort_handle());
         self.known().insert(id, Entry { machine: machine.clone(), tasks });
         machine
+    }
+
+    /// Waits for the turn of this name.
+    async fn changing(&self, id: &MachineId) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.inner.changing.lock().unwrap_or_else(PoisonError::into_inner);
+            // One that nobody holds or waits for is in this map only.
+            turns.retain(|_, turn| Arc::strong_count(turn) > 1);
+            Arc::clone(turns.entry(id.clone()).or_default())
+        };
+        turn.lock_owned().await
     }
 
     fn known(&self) -> std::sync::MutexGuard<'_, HashMap<MachineId, Entry>> {

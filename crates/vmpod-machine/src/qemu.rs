@@ -77,12 +77,13 @@ impl Qemu {
 
     /// The first line of `--version`, for `doctor`.
     pub async fn version(&self) -> Result<String, HypervisorError> {
-        let output = tokio::process::Command::new(&self.program)
-            .arg("--version")
-            .stdin(Stdio::null())
-            .output()
-            .await
-            .map_err(|source| HypervisorError::Program { program: self.program.display().to_string(), source })?;
+        let output =
+            tokio::process::Command::new(&self.program)
+                .arg("--version")
+                .stdin(Stdio::null())
+                .output()
+                .await
+                .map_err(|source| HypervisorError::Program { program: self.program.display().to_string(), source })?;
         let text = String::from_utf8_lossy(&output.stdout);
         Ok(text.lines().next().unwrap_or_default().to_owned())
     }
@@ -273,10 +274,9 @@ fn take_lock(dir: &MachineDir) -> Result<Lock, HypervisorError> {
     match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(Lock::Taken(lock)),
         Err(rustix::io::Errno::WOULDBLOCK) => Ok(Lock::Held),
-        Err(error) => Err(HypervisorError::Io {
-            action: format!("can't lock {}", path.display()),
-            source: error.into(),
-        }),
+        Err(error) => {
+            Err(HypervisorError::Io { action: format!("can't lock {}", path.display()), source: error.into() })
+        }
     }
 }
 

@@ -86,10 +86,7 @@ fn image(files: &BTreeMap<&'static str, String>) -> Result<Vec<u8>, SeedError> {
         path_separator: PathSeparator::ForwardSlash,
         files: files
             .iter()
-            .map(|(name, text)| File::File {
-                name: Arc::new((*name).to_owned()),
-                contents: text.clone().into_bytes(),
-            })
+            .map(|(name, text)| File::File { name: Arc::new((*name).to_owned()), contents: text.clone().into_bytes() })
             .collect(),
     };
     let options = IsoFormatOptions {

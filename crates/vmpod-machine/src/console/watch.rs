@@ -19,8 +19,7 @@ impl Watch {
         // Only for the file's appearance: the directory also holds disks, whose writes are none of our business.
         let directory = path.parent().unwrap_or(Path::new("."));
         inotify::add_watch(&events, directory, WatchFlags::CREATE | WatchFlags::MOVED_TO)?;
-        let mut watch =
-            Self { events: crate::readable::watch(events)?, path: path.to_owned(), on_file: false };
+        let mut watch = Self { events: crate::readable::watch(events)?, path: path.to_owned(), on_file: false };
         watch.watch_file()?;
         Ok(watch)
     }

@@ -10,9 +10,7 @@ use tokio::sync::watch;
 
 use super::{Event, ExecScript, Main, World};
 use crate::guest::main_process::{MainCommand, Offset, OutputChunk, Started, StdStream};
-use crate::guest::{
-    Duplex, Exec, ExecCarrier, ExecSession, ExitStatus, GuestError, GuestState, Link, Request, Signal,
-};
+use crate::guest::{Duplex, Exec, ExecCarrier, ExecSession, ExitStatus, GuestError, GuestState, Link, Request, Signal};
 use crate::id::MachineId;
 
 pub(super) struct FakeLink {
@@ -112,7 +110,8 @@ impl Link for FakeLink {
             if fake.mains.contains_key(name) {
                 return Ok(Started::Before);
             }
-            let output = script.output.iter().map(|(stream, text)| (*stream, bytes::Bytes::from(text.clone()))).collect();
+            let output =
+                script.output.iter().map(|(stream, text)| (*stream, bytes::Bytes::from(text.clone()))).collect();
             let main = Main { command: command.clone(), output, exit: None, ignores_term: script.ignores_term };
             fake.mains.insert(name.to_owned(), main);
             inner.events.push(Event::MainStarted(self.id.clone(), name.to_owned()));

@@ -13,8 +13,7 @@ async fn a_machine_lives_and_dies() {
     machine.start().await.unwrap();
     machine.start().await.unwrap();
     assert_eq!(*machine.state().borrow(), State::Running);
-    let (status, out, _) =
-        machine.guest().exec(Exec::new(["echo", "hi"])).await.unwrap().output().await.unwrap();
+    let (status, out, _) = machine.guest().exec(Exec::new(["echo", "hi"])).await.unwrap().output().await.unwrap();
     assert_eq!((status, out.as_slice()), (ExitStatus::Code(0), b"echo hi\n".as_slice()));
     assert!(matches!(machines.remove(machine.id(), false).await, Err(MachineError::StillRuns(_))));
     let State::Stopped(exit) = machine.stop(Duration::from_secs(5)).await.unwrap() else { unreachable!() };
@@ -35,6 +34,27 @@ async fn a_guest_that_ignores_the_button_is_killed_at_the_deadline() {
     machine.start().await.unwrap();
     let State::Stopped(exit) = machine.stop(Duration::from_millis(30)).await.unwrap() else { unreachable!() };
     assert_eq!((exit.cause, world.pressed(machine.id())), (ExitCause::Killed, 1));
+}
+
+/// A guest without an ear for the button is asked over its login before its deadline comes.
+#[tokio::test]
+async fn a_guest_that_ignores_the_button_is_asked() {
+    let root = tempfile::tempdir().unwrap();
+    let world = World::new();
+    world.set_default(Script { power_button: PowerButton::Ignored, ..Script::default() });
+    let machines = Machines::open(root.path(), world.hypervisor()).unwrap();
+    let machine = machines.create(spec("a")).await.unwrap();
+    machine.start().await.unwrap();
+    let stopping = tokio::spawn({
+        let machine = machine.clone();
+        async move { machine.stop(Duration::from_mins(1)).await }
+    });
+    world
+        .until(|world| world.commands(machine.id()).iter().any(|command| command.join(" ").contains("shutdown")))
+        .await;
+    world.shut_down(machine.id());
+    let State::Stopped(exit) = stopping.await.unwrap().unwrap() else { unreachable!() };
+    assert_eq!((exit.cause, world.pressed(machine.id())), (ExitCause::GuestShutdown, 2));
 }
 
 #[tokio::test]
@@ -72,8 +92,7 @@ async fn the_main_process_outlives_the_agent() {
     assert_eq!(main.start(&command).await.unwrap(), Started::Before);
     let rest: Vec<_> = main.follow(first.next).map(|piece| piece.unwrap().bytes).collect().await;
     assert_eq!(rest, ["def"]);
-    let middle: Vec<_> =
-        main.follow(Offset { stdout: 1, stderr: 2 }).map(|piece| piece.unwrap().bytes).collect().await;
+    let middle: Vec<_> = main.follow(Offset { stdout: 1, stderr: 2 }).map(|piece| piece.unwrap().bytes).collect().await;
     assert_eq!(middle, ["bc", "f"]);
     assert_eq!(main.wait().await.unwrap(), ExitStatus::Code(3));
     main.signal(Signal::Kill).await.unwrap();

@@ -274,7 +274,8 @@ mod tests {
     fn an_environment_in_a_file_is_read_and_removed() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("env");
-        let exec = Exec { env: vec![("A".to_owned(), "x\ny'z".to_owned())], ..Exec::new(["sh", "-c", "printf '%s' \"$A\""]) };
+        let exec =
+            Exec { env: vec![("A".to_owned(), "x\ny'z".to_owned())], ..Exec::new(["sh", "-c", "printf '%s' \"$A\""]) };
         std::fs::write(&file, prepare(&exec).unwrap().input).unwrap();
         let line = line_with_file(&exec, file.to_str().unwrap());
         let output = run(&["dash"], &Prepared { line, input: Vec::new() }, b"");

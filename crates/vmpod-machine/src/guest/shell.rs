@@ -2,7 +2,8 @@
 
 /// One word, whatever is in it.
 pub(crate) fn quote(word: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'/' | b':' | b'=' | b'@' | b',' | b'+');
+    let plain =
+        |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'/' | b':' | b'=' | b'@' | b',' | b'+');
     if !word.is_empty() && word.bytes().all(plain) && !word.contains('=') {
         return word.to_owned();
     }

@@ -130,7 +130,8 @@ impl SshLink {
                 | ChannelOpenFailure::ResourceShortage
                 | ChannelOpenFailure::ConnectFailed,
             )) => {
-                let extra = self.target.connect_once().await.map_err(|why| GuestError::Lost { why: why.to_string() })?;
+                let extra =
+                    self.target.connect_once().await.map_err(|why| GuestError::Lost { why: why.to_string() })?;
                 extra.handle.channel_open_session().await.map_err(lost)
             }
             Err(error) => Err(lost(error)),
@@ -252,11 +253,7 @@ impl Link for SshLink {
     async fn main_start(&self, name: &str, command: &MainCommand) -> Result<Started, GuestError> {
         let run = supervisor::run_file(command)?;
         supervisor::check_name(name)?;
-        let line = format!(
-            "exec sh -c {} vmpod {}",
-            shell::quote(&supervisor::start_script()),
-            shell::quote(name)
-        );
+        let line = format!("exec sh -c {} vmpod {}", shell::quote(&supervisor::start_script()), shell::quote(name));
         let mut session = self.run(Prepared { line, input: run.into_bytes() }, &Exec::default()).await?;
         supervisor::started(&mut session, name).await
     }

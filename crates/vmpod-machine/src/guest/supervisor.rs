@@ -224,8 +224,14 @@ pub(super) fn follow<R: Runner>(
     if let Err(error) = check_name(name) {
         return futures::stream::iter([Err(error)]).boxed();
     }
-    let follower =
-        Follower { runner, name: name.to_owned(), at: from, stage: Stage::Follow, reading: None, ready: VecDeque::new() };
+    let follower = Follower {
+        runner,
+        name: name.to_owned(),
+        at: from,
+        stage: Stage::Follow,
+        reading: None,
+        ready: VecDeque::new(),
+    };
     futures::stream::unfold(Some(follower), async |follower| {
         let mut follower = follower?;
         match follower.next().await {

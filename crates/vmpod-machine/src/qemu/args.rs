@@ -49,7 +49,8 @@ pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
         match network {
             Network::User { address, ssh_port, forwards, mac } => {
                 let ssh = Forward { protocol: Protocol::Tcp, host_port: *ssh_port, guest_port: spec.access.port };
-                let ports: Vec<_> = std::iter::once(&ssh).chain(forwards).map(|port| forward(*address, *port)).collect();
+                let ports: Vec<_> =
+                    std::iter::once(&ssh).chain(forwards).map(|port| forward(*address, *port)).collect();
                 line.add("-netdev", format!("user,id=net{index}{}", ports.concat()));
                 // Without its ROM: nobody boots from this network, and loading it takes time.
                 line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={mac},romfile="));

@@ -161,7 +161,8 @@ pub(super) fn exit_from_log(log: &Path, at: Timestamp) -> Exit {
         let (_, reason) = line.split_once("qemu_system_shutdown_request reason=")?;
         reason.trim().parse::<u32>().ok()
     });
-    let last = text.lines().rev().find(|line| !line.trim().is_empty() && !line.contains("qemu_system_shutdown_request"));
+    let last =
+        text.lines().rev().find(|line| !line.trim().is_empty() && !line.contains("qemu_system_shutdown_request"));
     let cause = match reason {
         Some(1 | 9..) => ExitCause::HypervisorFailed,
         Some(2..=5) => ExitCause::Killed,

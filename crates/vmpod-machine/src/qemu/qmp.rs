@@ -193,10 +193,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_closed_connection_fails_whoever_waits_and_keeps_the_reason() {
-        let qmp = connect(|_| {
-            vec![json!({"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}})]
-        })
-        .await;
+        let qmp =
+            connect(|_| vec![json!({"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}})]).await;
         let (first, second) = tokio::join!(qmp.execute("a", json!({})), qmp.execute("b", json!({})));
         assert!(matches!(first, Err(HypervisorError::Unresponsive { .. })));
         assert!(second.is_err());
