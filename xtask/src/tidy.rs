@@ -5,6 +5,7 @@
 
 mod directions;
 mod files;
+mod invariants;
 mod licences;
 mod words;
 
@@ -43,6 +44,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     let mut findings = directions::check(&metadata(root, &["--no-deps"])?);
     findings.extend(licences::check(&metadata(root, &[])?));
     findings.extend(files::check(&tree));
+    findings.extend(invariants::check(&tree));
     findings.extend(words::check(&tree));
     findings.sort();
     for finding in &findings {

@@ -5,7 +5,7 @@ use super::{Finding, Tree};
 /// What is looked for and why it must not be there. Written in halves so that this file passes its own rule.
 const FORBIDDEN: &[(&[&str], &str)] = &[
     (&["../", "shared"], "the repository needs nothing outside itself"),
-    (&["/wo", "rk/"], "a path of one machine"),
+    (&["/work", "/main"], "a path of one machine"),
     (&["/ro", "ot/.cargo"], "a path of one machine"),
     (&["deb.", "debian.org"], "use the mirror that the host already uses"),
     (&["index.", "crates.io"], "use the registry that the host already uses"),
