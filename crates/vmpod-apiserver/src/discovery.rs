@@ -1,4 +1,4 @@
-//! Everything that is no resource: discovery, version, health, OpenAPI, the token keys.
+//! Everything that is no resource: discovery, version, health, `OpenAPI`, the token keys.
 
 use axum::body::Body;
 use http::header::{ETAG, VARY};
@@ -30,8 +30,8 @@ pub(crate) fn serve(server: &Server, method: &Method, headers: &HeaderMap, path:
         [] => respond::json_value(StatusCode::OK, &json!({ "paths": paths(server) })),
         ["version"] => respond::json_value(StatusCode::OK, &version()),
         ["healthz" | "livez" | "readyz", checks @ ..] => health(server, checks),
-        ["api"] if aggregated(headers).is_some() => discovery_list(registry.aggregated(true), headers),
-        ["apis"] if aggregated(headers).is_some() => discovery_list(registry.aggregated(false), headers),
+        ["api"] if aggregated(headers).is_some() => discovery_list(&registry.aggregated(true), headers),
+        ["apis"] if aggregated(headers).is_some() => discovery_list(&registry.aggregated(false), headers),
         ["api"] => respond::json_value(StatusCode::OK, &registry.discovery_api_versions(&address(server))),
         ["apis"] => respond::json_value(StatusCode::OK, &registry.discovery_groups()),
         ["api", version] => found(registry.discovery_resources("", version)),
@@ -60,9 +60,9 @@ fn aggregated(headers: &HeaderMap) -> Option<&'static str> {
     accept::aggregated(headers).filter(|version| *version == "v2")
 }
 
-fn discovery_list(list: Value, headers: &HeaderMap) -> Response<Body> {
-    let body = respond::serialise(&list);
-    let tag = format!("\"{}\"", hex(&body));
+fn discovery_list(list: &Value, headers: &HeaderMap) -> Response<Body> {
+    let body = respond::serialise(list);
+    let tag = format!("\"{}\"", crate::server::digest(&body));
     let known = headers.get(http::header::IF_NONE_MATCH).and_then(|value| value.to_str().ok()) == Some(tag.as_str());
     let mut response = if known { respond::json_bytes(StatusCode::NOT_MODIFIED, Body::empty()) } else { respond::json_bytes(StatusCode::OK, body) };
     let headers = response.headers_mut();
@@ -75,16 +75,6 @@ fn discovery_list(list: Value, headers: &HeaderMap) -> Response<Body> {
         headers.insert(ETAG, tag);
     }
     response
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use sha2::Digest as _;
-    use std::fmt::Write as _;
-    sha2::Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String can't fail.
-        let _: std::fmt::Result = write!(text, "{byte:02X}");
-        text
-    })
 }
 
 fn address(server: &Server) -> String {
@@ -115,7 +105,7 @@ fn version() -> Value {
 
 fn health(server: &Server, checks: &[&str]) -> Response<Body> {
     match checks {
-        [] | ["ping"] | ["store"] => match server.store.failure() {
+        [] | ["ping" | "store"] => match server.store.failure() {
             None => respond::text(StatusCode::OK, "ok"),
             Some(error) => respond::text(StatusCode::INTERNAL_SERVER_ERROR, format!("[-]store failed: {error}\n")),
         },

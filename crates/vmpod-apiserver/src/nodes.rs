@@ -144,10 +144,10 @@ pub(crate) async fn run(server: Arc<Server>, stop: CancellationToken) {
                                 silence.remove(&timer);
                             }
                         }
-                        (LEASES, EventKind::Put) if &*key.namespace == LEASE_NAMESPACE => {
-                            if server.store.get(&Key::new("nodes", None, &key.name)).is_some() {
-                                heard(&mut silence, &mut timers, &key.name);
-                            }
+                        (LEASES, EventKind::Put)
+                            if &*key.namespace == LEASE_NAMESPACE && server.store.get(&Key::new("nodes", None, &key.name)).is_some() =>
+                        {
+                            heard(&mut silence, &mut timers, &key.name);
                         }
                         _ => {}
                     }

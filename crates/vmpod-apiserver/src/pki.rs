@@ -353,7 +353,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let pki = Pki::open(dir.path()).unwrap();
         let pair = KeyPair::generate().unwrap();
-        let request = params("x", &["system:nodes".into()], &[], LEAF_LIFE).unwrap().serialize_request(&pair).unwrap();
+        let mut asked = CertificateParams::default();
+        asked.distinguished_name.push(DnType::CommonName, "system:node:n1");
+        let request = asked.serialize_request(&pair).unwrap();
         let pem = pki.sign(&request.pem().unwrap(), Usage::Client, None).unwrap();
         let der = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
         let (_, cert) = x509_parser::parse_x509_certificate(&der).unwrap();

@@ -132,24 +132,25 @@ pub(crate) async fn pod(server: &Arc<Server>, target: &Target, query: &Query, re
 
 /// The container that is meant: the one named, or the only one.
 fn container(pod: &Value, named: Option<&str>) -> Result<String, Status> {
-    let names = |field: &str| -> Vec<&str> {
+    let all = |field: &str| -> Vec<&str> {
         pod["spec"][field].as_array().into_iter().flatten().filter_map(|container| container["name"].as_str()).collect()
     };
-    let (main, init, ephemeral) = (names("containers"), names("initContainers"), names("ephemeralContainers"));
-    let pod_name = pod["metadata"]["name"].as_str().unwrap_or_default();
+    let (main, init, ephemeral) = (all("containers"), all("initContainers"), all("ephemeralContainers"));
+    let of_pod = pod["metadata"]["name"].as_str().unwrap_or_default();
     match named {
         Some(name) if [&main, &init, &ephemeral].iter().any(|list| list.contains(&name)) => Ok(name.into()),
-        Some(name) => Err(Status::bad_request(format!("container {name} is not valid for pod {pod_name}"))),
+        Some(name) => Err(Status::bad_request(format!("container {name} is not valid for pod {of_pod}"))),
         None => match main.as_slice() {
             [only] if init.is_empty() && ephemeral.is_empty() => Ok((*only).into()),
             _ => {
-                let mut why = format!("a container name must be specified for pod {pod_name}, choose one of: [{}]", main.join(" "));
-                if !init.is_empty() {
-                    why.push_str(&format!(" or one of the init containers: [{}]", init.join(" ")));
-                }
-                if !ephemeral.is_empty() {
-                    why.push_str(&format!(" or one of the ephemeral containers: [{}]", ephemeral.join(" ")));
-                }
+                let among = |kind: &str, names: &[&str]| {
+                    if names.is_empty() { String::new() } else { format!(" or one of the {kind} containers: [{}]", names.join(" ")) }
+                };
+                let why = format!("a container name must be specified for pod {of_pod}, choose one of: [{}]{}{}",
+                    main.join(" "),
+                    among("init", &init),
+                    among("ephemeral", &ephemeral)
+                );
                 Err(Status::bad_request(why))
             }
         },

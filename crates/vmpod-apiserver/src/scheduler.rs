@@ -307,18 +307,14 @@ fn set_unschedulable(pod: &mut Value, why: &str, now: &str) -> bool {
         status["conditions"] = json!([]);
     }
     let Some(conditions) = status["conditions"].as_array_mut() else { return false };
-    match conditions.iter_mut().find(|one| one["type"] == "PodScheduled") {
-        Some(found) => {
-            if found["status"] == "False" {
-                condition["lastTransitionTime"] = found["lastTransitionTime"].clone();
-            }
-            let changed = *found != condition;
-            *found = condition;
-            changed
-        }
-        None => {
-            conditions.push(condition);
-            true
-        }
+    let Some(found) = conditions.iter_mut().find(|one| one["type"] == "PodScheduled") else {
+        conditions.push(condition);
+        return true;
+    };
+    if found["status"] == "False" {
+        condition["lastTransitionTime"] = found["lastTransitionTime"].clone();
     }
+    let changed = *found != condition;
+    *found = condition;
+    changed
 }

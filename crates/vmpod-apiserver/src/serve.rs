@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::identity::Identity;
 use crate::pki::{self, Issued, Pki, PkiError};
+use crate::server::digest;
 
 /// How long a client may take for the TLS handshake and for a request's head.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -151,7 +152,7 @@ async fn serve_one(tcp: tokio::net::TcpStream, acceptor: TlsAcceptor, router: Ro
     let identity = certificate.and_then(|der| {
         let (user, groups) = pki::subject(der)?;
         let mut identity = Identity::new(user, groups);
-        identity.extra.insert("authentication.kubernetes.io/credential-id".into(), vec![format!("X509SHA256={}", fingerprint(der))]);
+        identity.extra.insert("authentication.kubernetes.io/credential-id".into(), vec![format!("X509SHA256={}", digest(der))]);
         Some(identity)
     });
     let router = match identity {
@@ -177,14 +178,4 @@ async fn serve_one(tcp: tokio::net::TcpStream, acceptor: TlsAcceptor, router: Ro
         Ok(result) => result.map_err(|error| error.to_string()),
         Err(_) => Ok(()),
     }
-}
-
-fn fingerprint(der: &CertificateDer<'_>) -> String {
-    use sha2::Digest as _;
-    use std::fmt::Write as _;
-    sha2::Sha256::digest(der).iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String can't fail.
-        let _: std::fmt::Result = write!(text, "{byte:02x}");
-        text
-    })
 }

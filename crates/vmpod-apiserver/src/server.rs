@@ -78,3 +78,11 @@ impl Server {
 pub(crate) fn storage_name(resource: &Resource) -> String {
     resource.qualified()
 }
+
+/// The SHA-256 of some bytes, in hexadecimal.
+pub(crate) fn digest(bytes: &[u8]) -> String {
+    use sha2::Digest as _;
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let nibble = |value: u8| char::from(DIGITS[usize::from(value & 15)]);
+    sha2::Sha256::digest(bytes).iter().flat_map(|byte| [nibble(byte >> 4), nibble(*byte)]).collect()
+}

@@ -35,7 +35,7 @@ use visible::Visible;
 
 /// A write that couldn't be made durable.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum StoreError {
+pub(crate) enum StoreError {
     /// The disk refused; no later write can succeed either, until a restart.
     #[error("the store can't be written: {0}")]
     Disk(Arc<str>),

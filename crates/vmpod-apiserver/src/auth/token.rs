@@ -50,6 +50,11 @@ pub(crate) struct Claims {
     pub(crate) sub: String,
 }
 
+#[derive(Deserialize)]
+struct Header {
+    alg: String,
+}
+
 /// Signs and checks tokens.
 pub(crate) struct Signer {
     pair: EcdsaKeyPair,
@@ -66,15 +71,14 @@ impl std::fmt::Debug for Signer {
 impl Signer {
     /// Reads the key from `path`, or makes it.
     pub(crate) fn open(path: &Path) -> Result<Self, PkiError> {
-        let pem = match read_if_there(path)? {
-            Some(pem) => pem,
-            None => {
-                let pem = rcgen::KeyPair::generate()
-                    .map_err(|source| PkiError::Make { subject: "service account tokens".into(), source })?
-                    .serialize_pem();
-                write_private(path, &pem)?;
-                pem
-            }
+        let pem = if let Some(pem) = read_if_there(path)? {
+            pem
+        } else {
+            let pem = rcgen::KeyPair::generate()
+                .map_err(|source| PkiError::Make { subject: "service account tokens".into(), source })?
+                .serialize_pem();
+            write_private(path, &pem)?;
+            pem
         };
         let unusable = || PkiError::Content { what: "private key", path: path.into() };
         let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| unusable())?;
@@ -101,10 +105,6 @@ impl Signer {
         let (head, body, signature) = (parts.next()?, parts.next()?, parts.next()?);
         if parts.next().is_some() {
             return None;
-        }
-        #[derive(Deserialize)]
-        struct Header {
-            alg: String,
         }
         let header: Header = serde_json::from_slice(&URL_SAFE_NO_PAD.decode(head).ok()?).ok()?;
         if header.alg != "ES256" {

@@ -66,12 +66,12 @@ pub(super) fn fate(owners: &[(OwnerRef, Found)], has_dependents: bool) -> Fate {
     let (mut solid, mut absent, mut waiting) = (false, Vec::new(), Vec::new());
     for (owner, found) in owners {
         match found {
-            Found::Unknown => solid = true,
             Found::Absent => absent.push(owner.uid.clone()),
             Found::There(object) if object.is_deleting() && has_finalizer(object.digest(), FOREGROUND) => {
                 waiting.push(owner.uid.clone());
             }
-            Found::There(_) => solid = true,
+            // What can't be looked at may well be there.
+            Found::There(_) | Found::Unknown => solid = true,
         }
     }
     let going = [absent, waiting.clone()].concat();

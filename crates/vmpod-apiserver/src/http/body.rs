@@ -10,7 +10,7 @@ use super::BODY_LIMIT;
 use crate::status::Status;
 
 /// How long a body may take to arrive.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Reads the whole body, or refuses it when it is too large or too slow.
 pub(super) async fn read(request: Request<Body>) -> Result<Bytes, Status> {

@@ -46,9 +46,8 @@ impl<'a> Iterator for Members<'a> {
                     continue;
                 }
                 b'{' | b'[' => depth += 1,
-                b'}' | b']' if depth == 0 => break,
+                b'}' | b']' | b',' if depth == 0 => break,
                 b'}' | b']' => depth -= 1,
-                b',' if depth == 0 => break,
                 _ => {}
             }
             at += 1;

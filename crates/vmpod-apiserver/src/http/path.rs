@@ -20,7 +20,7 @@ pub(crate) struct Target {
 pub(crate) enum Route {
     /// Objects.
     Resource(Target),
-    /// Anything else: discovery, health, OpenAPI.
+    /// Anything else: discovery, health, `OpenAPI`.
     Other,
 }
 

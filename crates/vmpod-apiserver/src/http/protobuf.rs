@@ -227,7 +227,7 @@ fn int_or_string(bytes: &[u8]) -> Result<Value, Status> {
         match number {
             1 => is_text = number_of(&wire)? == 1,
             2 => number_value = signed(number_of(&wire)?),
-            3 => text_value = text(bytes_of(&wire)?)?.to_owned(),
+            3 => text(bytes_of(&wire)?)?.clone_into(&mut text_value),
             _ => {}
         }
     }
@@ -262,7 +262,7 @@ fn decode(message: &str, bytes: &[u8], depth: usize) -> Result<Map<String, Value
                 let (mut key, mut item) = (String::new(), None);
                 for (number, wire) in fields(bytes_of(&wire)?)? {
                     match number {
-                        1 => key = text(bytes_of(&wire)?)?.to_owned(),
+                        1 => text(bytes_of(&wire)?)?.clone_into(&mut key),
                         2 => item = Some(value(field.ty, &wire, depth)?),
                         _ => {}
                     }
@@ -283,7 +283,7 @@ fn decode(message: &str, bytes: &[u8], depth: usize) -> Result<Map<String, Value
 
 fn unsupported(message: &str) -> Status {
     let mut status = Status::unsupported_media_type(&["application/json", "application/yaml"]);
-    status.message.push_str(&format!(" (as a protocol buffer, {message} is unknown)"));
+    status.message = format!("{} (as a protocol buffer, {message} is unknown)", status.message);
     status
 }
 

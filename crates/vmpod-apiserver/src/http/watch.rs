@@ -23,7 +23,7 @@ use crate::table::{self, IncludeObject};
 /// How often an idle watcher learns the revision, when it asked for bookmarks.
 const BOOKMARK_EVERY: Duration = Duration::from_secs(50);
 /// How long a watch lasts when the client doesn't say.
-const DEFAULT_LIFE: Duration = Duration::from_secs(2700);
+const DEFAULT_LIFE: Duration = Duration::from_mins(45);
 /// How many pieces may wait for a slow connection before the feed's own queue fills.
 const PIECES: usize = 8;
 /// How many events are put into one piece.

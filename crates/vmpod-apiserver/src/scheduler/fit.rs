@@ -281,8 +281,8 @@ mod tests {
         Host { offer: Offer::of(node), used: Amounts::new() }
     }
 
-    fn pod(spec: Value) -> Wants {
-        Wants::of(&json!({ "spec": spec }))
+    fn pod(spec: impl Into<Value>) -> Wants {
+        Wants::of(&json!({ "spec": spec.into() }))
     }
 
     fn asks(cpu: &str, memory: &str) -> Wants {

@@ -154,11 +154,13 @@ async fn a_slow_watcher_is_cut_off_and_the_others_go_on() {
     let writer = tokio::spawn({
         let store = store.clone();
         async move {
-            futures::future::join_all((0..events).map(|index| {
-                let store = &store;
-                async move { put(store, &format!("o{index}"), "x").await }
-            }))
-            .await
+            for batch in 0..events / 500 {
+                let writes = (0..500).map(|index| {
+                    let store = &store;
+                    async move { put(store, &format!("o{batch}-{index}"), "x").await }
+                });
+                futures::future::join_all(writes).await;
+            }
         }
     });
     let mut got = 0;
