@@ -25,6 +25,8 @@ pub struct Up {
     kubeconfig: PathBuf,
     /// How long it took to be ready.
     pub ready_after: Duration,
+    /// Its log is of no interest, because it was killed on purpose.
+    quiet: bool,
 }
 
 impl Up {
@@ -48,13 +50,18 @@ impl Up {
 
     /// Starts it and doesn't wait.
     pub fn spawn(home: &Home, args: &[&str]) -> Result<Self> {
+        // One that was killed has left its own, which leads nowhere.
+        let kubeconfig = home.path().join("kubeconfig");
+        if kubeconfig.exists() {
+            std::fs::remove_file(&kubeconfig)?;
+        }
         let log = home.path().with_extension("log");
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log)?;
         let mut command = home.command()?;
         command.args(["up", "--api-port", "0", "--kubelet-port", "0"]).args(args);
         command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
         let child = command.spawn().context("can't start vmpod up")?;
-        Ok(Self { child, log, kubeconfig: home.path().join("kubeconfig"), ready_after: Duration::ZERO })
+        Ok(Self { child, log, kubeconfig, ready_after: Duration::ZERO, quiet: false })
     }
 
     /// What it logged so far.
@@ -178,6 +185,7 @@ impl Up {
 
     /// Kills it as a crash does.
     pub async fn kill(mut self) -> Result<()> {
+        self.quiet = true;
         self.child.kill().await.context("can't kill vmpod up")
     }
 }
@@ -185,6 +193,9 @@ impl Up {
 impl Drop for Up {
     fn drop(&mut self) {
         drop(self.child.start_kill());
+        if self.quiet {
+            return;
+        }
         let mut stderr = std::io::stderr().lock();
         drop(writeln!(stderr, "--- log of vmpod up\n{}", self.log().trim_end()));
     }

@@ -11,9 +11,10 @@ use e2e::prerequisites::{program, scratch, tiny};
 use futures::StreamExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use vmpod_image::{ClonedBoot, ImportOptions, Reference, Source, Store, import};
+use vmpod_machine::kvm::{self, Kvm};
 use vmpod_machine::qemu::Qemu;
 use vmpod_machine::{
-    Access, Accel, Adopted, Arch, Auth, Boot, Cpus, Exec, ExitCause, ExitStatus, Forward, GuestError, GuestOs,
+    Accel, Access, Adopted, Arch, Auth, Boot, Cpus, Exec, ExitCause, ExitStatus, Forward, GuestError, GuestOs,
     GuestState, MacAddr, Machine, MachineError, MachineId, Machines, MainCommand, Memory, Network, Offset, Protocol,
     Seed, Signal, Spec, Started, State, StdStream, Waiting, Winsize, loopback,
 };
@@ -301,7 +302,11 @@ async fn a_main_process_outlives_its_agents() -> Result<()> {
                 Some(chunk) => {
                     let chunk = chunk?;
                     let text = std::str::from_utf8(&chunk.bytes)?;
-                    if chunk.stream == StdStream::Stdout { out.push_str(text) } else { err.push_str(text) }
+                    if chunk.stream == StdStream::Stdout {
+                        out.push_str(text)
+                    } else {
+                        err.push_str(text)
+                    }
                     at = chunk.next;
                     seen += 1;
                 }
@@ -452,3 +457,18 @@ async fn a_guest_without_a_marker_is_found() -> Result<()> {
     Ok(())
 }
 
+/// Whatever this host's KVM is like, the answer comes in time, and is known the second time.
+#[tokio::test]
+async fn kvm_is_probed_within_its_limit() -> Result<()> {
+    let dir = tempfile::tempdir_in(scratch()?)?;
+    let (qemu, cache) = (Qemu::default(), dir.path().join("kvm.json"));
+    let begin = Instant::now();
+    let found = kvm::probe(&qemu, &cache).await;
+    ensure!(begin.elapsed() < Duration::from_secs(8), "{found:?} took {:?}", begin.elapsed());
+    let again = Instant::now();
+    assert_eq!(kvm::probe(&qemu, &cache).await, found);
+    if !matches!(found, Kvm::Absent | Kvm::Denied(_)) {
+        ensure!(again.elapsed() < Duration::from_millis(500), "asked again: {:?}", again.elapsed());
+    }
+    Ok(())
+}

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
+use sha2::Digest as _;
 use tokio_util::sync::CancellationToken;
 use vmpod_node::Kubelet;
 
@@ -43,6 +44,8 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
     };
     let client = kube::Client::try_from(config)
         .with_context(|| format!("can't make a client from the kubeconfig {}", args.kubeconfig.display()))?;
+    let nodes: kube::Api<k8s_openapi::api::core::v1::Node> = kube::Api::all(client.clone());
+    let fingerprint = fingerprint(&serving.cert_pem)?;
     let options = agent::options(Parts {
         home,
         name: name.clone(),
@@ -67,6 +70,7 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
             }
             Ok(_) = ready.wait_for(|ready| *ready), if !told => {
                 told = true;
+                publish(&nodes, &name, &fingerprint).await;
                 talk(&format!("node {name} is ready; its API is {server}"));
             }
             _ = interrupts.next() => break,
@@ -89,6 +93,28 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
             Ok(Exit::Command(interrupt.code()))
         }
     }
+}
+
+/// The Node's annotation that tells which certificate its kubelet API shows: the SHA-256 of the DER, in hexadecimal.
+///
+/// An API server that can't trace the certificate to an authority (ours, for one that the node signed itself) may
+/// believe this instead, because only the node and administrators can write it.
+const FINGERPRINT: &str = "vmpod.dev/kubelet-certificate-sha256";
+
+async fn publish(nodes: &kube::Api<k8s_openapi::api::core::v1::Node>, name: &str, fingerprint: &str) {
+    let patch = serde_json::json!({"metadata": {"annotations": {FINGERPRINT: fingerprint}}});
+    let patch = kube::api::Patch::Merge(&patch);
+    if let Err(error) = nodes.patch_metadata(name, &kube::api::PatchParams::default(), &patch).await {
+        tracing::warn!(%error, "the node's certificate can't be published; exec and logs may be refused");
+    }
+}
+
+fn fingerprint(cert_pem: &str) -> Result<String> {
+    use rustls::pki_types::CertificateDer;
+    use rustls::pki_types::pem::PemObject as _;
+    let first = CertificateDer::from_pem_slice(cert_pem.as_bytes()).context("the kubelet API's certificate isn't PEM")?;
+    let digest = sha2::Sha256::digest(&first);
+    Ok(digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -147,6 +173,16 @@ mod tests {
         let first = Pair::of_home(&home, "a", "127.0.0.1").unwrap();
         assert_eq!(Pair::of_home(&home, "a", "127.0.0.1").unwrap().cert_pem, first.cert_pem);
         assert_ne!(Pair::of_home(&home, "b", "127.0.0.1").unwrap().cert_pem, first.cert_pem);
+    }
+
+    #[test]
+    fn the_fingerprint_is_the_ders() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::resolve(Some(dir.path())).unwrap();
+        let pair = Pair::of_home(&home, "a", "127.0.0.1").unwrap();
+        let print = fingerprint(&pair.cert_pem).unwrap();
+        assert_eq!((print.len(), &fingerprint(&pair.cert_pem).unwrap()), (64, &print));
+        assert!(fingerprint("nonsense").is_err());
     }
 
     #[test]
