@@ -27,7 +27,7 @@ use crate::transfer::Reporter;
 /// Layers on their way at once.
 const JOBS: u64 = 8;
 /// Bytes of windows in memory, roughly.
-const MEMORY: u64 = 64 << 20;
+const MEMORY: u64 = 32 << 20;
 
 /// How to reach the registry.
 #[derive(Debug, Clone, Default)]

@@ -47,9 +47,11 @@ use unpack::{Sink, UnpackError, unpack};
 /// Streams under way at once. Most wait for the network.
 const JOBS: usize = 16;
 /// Streams larger than a segment that are unpacked at once, at least and at most: each takes a thread for as long as it comes.
-const LARGE_JOBS: (usize, usize) = (4, 12);
+const LARGE_JOBS: (usize, usize) = (4, 8);
 /// Bytes fetched and not yet unpacked.
-const MEMORY: usize = 40 << 20;
+const MEMORY: usize = 32 << 20;
+/// Streams unpacked at once: each takes some megabytes.
+const MOST_UNPACKERS: usize = 8;
 /// How often a stream with a wrong digest is fetched again.
 const WRONG_ATTEMPTS: u32 = 3;
 
@@ -157,7 +159,7 @@ pub(crate) async fn transfer(
         files,
         local: local_windows(store, plan)?,
         journal: Mutex::new(journal),
-        unpackers: Arc::new(Semaphore::new(threads)),
+        unpackers: Arc::new(Semaphore::new(threads.min(MOST_UNPACKERS))),
         large: Arc::new(Semaphore::new(threads.clamp(LARGE_JOBS.0, LARGE_JOBS.1))),
         report: Arc::clone(report),
     };
