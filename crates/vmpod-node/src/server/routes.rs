@@ -90,14 +90,19 @@ impl From<PodPath> for PodRef {
     }
 }
 
-impl IntoResponse for RuntimeError {
-    fn into_response(self) -> Response {
-        let status = match &self {
+impl RuntimeError {
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
             Self::NoPod(_) | Self::NoContainer(_) => StatusCode::NOT_FOUND,
             Self::NotRunning { .. } | Self::NoLog { .. } | Self::Unsupported(_) => StatusCode::BAD_REQUEST,
             Self::Guest { .. } => StatusCode::INTERNAL_SERVER_ERROR,
-        };
-        plain(status, &crate::error_chain(&self))
+        }
+    }
+}
+
+impl IntoResponse for RuntimeError {
+    fn into_response(self) -> Response {
+        plain(self.status(), &crate::error_chain(&self))
     }
 }
 

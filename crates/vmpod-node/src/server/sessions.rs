@@ -3,6 +3,7 @@
 use std::{pin::Pin, sync::Arc, task::{Context, Poll}};
 
 use axum::{
+    Json,
     extract::{FromRequestParts as _, Path, Request, State, WebSocketUpgrade, ws::WebSocket},
     response::{IntoResponse, Response},
 };
@@ -10,6 +11,7 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, DuplexStream};
 
 use super::{
@@ -38,7 +40,7 @@ pub(super) async fn exec(
     let command: Vec<_> =
         borrowed(&query).filter(|(name, _)| *name == "command").map(|(_, value)| value.to_owned()).collect();
     if command.is_empty() {
-        return plain(StatusCode::BAD_REQUEST, "you must specify a command");
+        return refuse(StatusCode::BAD_REQUEST, "you must specify a command");
     }
     let operation = |tty| Operation::Exec(ExecRequest { command, tty });
     session(app, path.into(), &query, request, "exec", operation).await
@@ -64,10 +66,10 @@ async fn session(
 ) -> Response {
     let wanted = match Wanted::from_query(borrowed(query)) {
         Ok(wanted) => wanted,
-        Err(message) => return plain(StatusCode::BAD_REQUEST, message),
+        Err(message) => return refuse(StatusCode::BAD_REQUEST, message),
     };
     if let Err(error) = app.runtime.check_running(&target).await {
-        return error.into_response();
+        return refuse(error.status(), &crate::error_chain(&error));
     }
     let operation = operation(wanted.tty);
     let upgrade = match Upgrade::of(request, &remote::SPDY_PROTOCOLS, &remote::WEBSOCKET_PROTOCOLS).await {
@@ -95,7 +97,7 @@ pub(super) async fn port_forward(
 ) -> Response {
     let pod: PodRef = path.into();
     if let Err(error) = app.runtime.check_forward(&pod).await {
-        return error.into_response();
+        return refuse(error.status(), &crate::error_chain(&error));
     }
     let upgrade =
         match Upgrade::of(request, &[forward::SPDY_PROTOCOL], &forward::WEBSOCKET_PROTOCOLS).await {
@@ -107,7 +109,7 @@ pub(super) async fn port_forward(
         Upgrade::WebSocket(_, protocol) if *protocol != forward::TUNNEL_PROTOCOL => {
             match forward::ports(borrowed(&query)) {
                 Ok(ports) => ports,
-                Err(message) => return plain(StatusCode::BAD_REQUEST, &message),
+                Err(message) => return refuse(StatusCode::BAD_REQUEST, &message),
             }
         }
         _ => Vec::new(),
@@ -147,7 +149,7 @@ impl Upgrade {
         let (mut parts, _body) = request.into_parts();
         if !has_token(&parts.headers, &header::CONNECTION, "upgrade") {
             let message = "unable to upgrade: missing upgrade headers in request";
-            return Err(plain(StatusCode::BAD_REQUEST, message));
+            return Err(refuse(StatusCode::BAD_REQUEST, message));
         }
         if has_token(&parts.headers, &header::UPGRADE, "websocket") && parts.method == Method::GET {
             let offered = offers(&parts.headers, header::SEC_WEBSOCKET_PROTOCOL.as_str());
@@ -162,7 +164,7 @@ impl Upgrade {
                 None if offered.is_empty() => "",
                 None => {
                     let message = format!("none of the WebSocket protocols {offered:?} is served: {web_socket:?}");
-                    return Err(plain(StatusCode::BAD_REQUEST, &message));
+                    return Err(refuse(StatusCode::BAD_REQUEST, &message));
                 }
             };
             let upgrade = upgrade.max_message_size(websocket::MAX_MESSAGE).max_frame_size(websocket::MAX_MESSAGE);
@@ -170,7 +172,7 @@ impl Upgrade {
         }
         if !has_token(&parts.headers, &header::UPGRADE, "spdy/3.1") {
             let message = "unable to upgrade: neither SPDY/3.1 nor a WebSocket is asked for";
-            return Err(plain(StatusCode::BAD_REQUEST, message));
+            return Err(refuse(StatusCode::BAD_REQUEST, message));
         }
         let offered = offers(&parts.headers, VERSION.as_str());
         let protocol = match negotiate(spdy, &offered) {
@@ -180,7 +182,7 @@ impl Upgrade {
                 let message = format!(
                     "unable to upgrade: unable to negotiate protocol: client supports {offered:?}, server accepts {spdy:?}"
                 );
-                let mut refusal = plain(StatusCode::FORBIDDEN, &message);
+                let mut refusal = refuse(StatusCode::FORBIDDEN, &message);
                 for protocol in spdy {
                     refusal.headers_mut().append(ACCEPTED, HeaderValue::from_static(protocol));
                 }
@@ -188,7 +190,7 @@ impl Upgrade {
             }
         };
         let Some(upgrade) = parts.extensions.remove::<OnUpgrade>() else {
-            return Err(plain(StatusCode::BAD_REQUEST, "unable to upgrade: the connection can't be"));
+            return Err(refuse(StatusCode::BAD_REQUEST, "unable to upgrade: the connection can't be"));
         };
         // The oldest clients name no protocol and speak the first.
         let oldest = spdy.last().copied().unwrap_or_default();
@@ -237,6 +239,27 @@ impl Upgrade {
 
 fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
     offers(headers, name.as_str()).iter().any(|token| token.eq_ignore_ascii_case(wanted))
+}
+
+/// The answer to a session that can't be: a Status in JSON. `kubectl` takes whatever parses for one, and a plain text
+/// with a colon in it is YAML.
+fn refuse(code: StatusCode, message: &str) -> Response {
+    let reason = match code {
+        StatusCode::BAD_REQUEST => "BadRequest",
+        StatusCode::FORBIDDEN => "Forbidden",
+        StatusCode::NOT_FOUND => "NotFound",
+        _ => "InternalError",
+    };
+    let status = json!({
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": message,
+        "reason": reason,
+        "code": code.as_u16(),
+    });
+    (code, Json(status)).into_response()
 }
 
 /// Runs a command (its words separated by spaces) and answers with its output.

@@ -436,7 +436,12 @@ async fn requests_that_cant_be_upgraded_are_told_why() {
     let spdy = [("connection", "Upgrade"), ("upgrade", "SPDY/3.1")];
     let post = async |path: &str, headers: &[(&str, &str)]| text(world.send(API_SERVER, "POST", path, headers).await).await;
     let (status, body) = post(path, &[]).await;
-    assert_eq!((status, &*body), (StatusCode::BAD_REQUEST, "unable to upgrade: missing upgrade headers in request\n"));
+    assert_eq!(status, StatusCode::BAD_REQUEST);
+    let expected = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "reason": "BadRequest", "code": 400,
+        "message": "unable to upgrade: missing upgrade headers in request",
+    });
+    assert_eq!(serde_json::from_str::<Value>(&body).unwrap(), expected);
     let (status, _) = post("/exec/default/vm/main?command=true", &spdy).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     assert_eq!(post("/exec/default/vm/main?output=1", &spdy).await.0, StatusCode::BAD_REQUEST);
@@ -621,7 +626,7 @@ async fn kube_rs_forwards_ports() {
     echo.read_exact(&mut bytes).await.unwrap();
     assert_eq!(&bytes, b"ping");
     let error = forwarder.take_error(1).unwrap().await.unwrap();
-    assert!(error.contains("error forwarding port 1 to pod vm, uid : connection refused"), "{error}");
+    assert!(error.contains("error forwarding port 1 to pod vm: connection refused"), "{error}");
 }
 
 async fn forward_over<T>(client: &mut Client<T>)
@@ -659,7 +664,7 @@ where
         }
     }
     assert_eq!(seen.0, b"ping");
-    assert_eq!(String::from_utf8(seen.1).unwrap(), "error forwarding port 1 to pod vm, uid : connection refused");
+    assert_eq!(String::from_utf8(seen.1).unwrap(), "error forwarding port 1 to pod vm: connection refused");
 }
 
 #[tokio::test]

@@ -113,8 +113,7 @@ async fn connect(
         tracing::debug!(%pod, port, %cause, "a forwarded connection failed");
         // A guest that cuts a connection off is its client's business: kubectl would end the whole session.
         if !matches!(cause.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) {
-            let uid = pod.uid.as_deref().unwrap_or_default();
-            let message = format!("error forwarding port {port} to pod {}, uid {uid}: {cause}", pod.name);
+            let message = format!("error forwarding port {port} to pod {}: {cause}", pod.name);
             error.write_all(message.as_bytes()).await.ok();
         }
     }
