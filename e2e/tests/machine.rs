@@ -19,7 +19,7 @@ use vmpod_machine::{
     Seed, Signal, Spec, Started, State, StdStream, Waiting, Winsize, loopback,
 };
 
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// A host of its own: an image store and machines. Dropping it ends whatever is left.
 struct Host {
@@ -242,8 +242,8 @@ async fn the_ways_into_a_guest() -> Result<()> {
     assert_eq!(again, b"again\n");
     server.control.signal(Signal::Kill);
 
-    let stats = machine.stats().await?;
-    ensure!(stats.rss > 50 << 20 && stats.cpu > Duration::from_millis(100), "{stats:?}");
+    let usage = machine.stats().await?;
+    ensure!(usage.rss > 50 << 20 && usage.cpu > Duration::from_millis(100), "{usage:?}");
 
     // A second machine of the same name, and a removal of what runs, are refused.
     let other = Spec { memory: Memory::from_mib(512), ..machine.spec().clone() };
@@ -303,9 +303,9 @@ async fn a_main_process_outlives_its_agents() -> Result<()> {
                     let chunk = chunk?;
                     let text = std::str::from_utf8(&chunk.bytes)?;
                     if chunk.stream == StdStream::Stdout {
-                        out.push_str(text)
+                        out.push_str(text);
                     } else {
-                        err.push_str(text)
+                        err.push_str(text);
                     }
                     at = chunk.next;
                     seen += 1;

@@ -145,7 +145,9 @@ fn disks(line: &mut Line, spec: &Spec) {
             },
         });
         line.add("-blockdev", drive.to_string());
-        let bootindex = if index == 0 { ",bootindex=0" } else { "" };
+        // Only for firmware: a kernel that QEMU loads itself takes the first place in the boot order.
+        let first = index == 0 && matches!(spec.boot, Boot::Firmware(_));
+        let bootindex = if first { ",bootindex=0" } else { "" };
         line.add("-device", format!("virtio-blk-pci,id=blk{index},drive={node}{bootindex}"));
     }
     if spec.seed.is_some() {
@@ -215,6 +217,14 @@ mod tests {
             Disk { path: "data.raw".into(), format: DiskFormat::Raw },
         ];
         insta::assert_snapshot!(show(&spec, Some(Path::new("/usr/share/OVMF/OVMF_CODE_4M.ms.fd"))));
+    }
+
+    #[test]
+    fn a_kernel_with_a_disk_needs_no_place_in_the_boot_order() {
+        let mut spec = spec("a");
+        spec.disks = vec![Disk { path: "root.qcow2".into(), format: DiskFormat::Qcow2 }];
+        let text = show(&spec, None);
+        assert!(text.contains("-device virtio-blk-pci,id=blk0,drive=disk0\n"), "{text}");
     }
 
     #[test]
