@@ -224,7 +224,7 @@ mod tests {
         let mut spec = spec("a");
         spec.disks = vec![Disk { path: "root.qcow2".into(), format: DiskFormat::Qcow2 }];
         let text = show(&spec, None);
-        assert!(text.contains("-device virtio-blk-pci,id=blk0,drive=disk0\n"), "{text}");
+        assert!(text.ends_with("-device virtio-blk-pci,id=blk0,drive=disk0"), "{text}");
     }
 
     #[test]
