@@ -93,6 +93,5 @@ impl Server {
     }
 }
 
-
 #[cfg(test)]
 mod tests;

@@ -12,8 +12,7 @@ const DIGITS: usize = 6;
 
 /// The rotated files of `path` in the order they were written, with their numbers.
 pub(super) fn rotated(path: &Path) -> io::Result<Vec<(u64, PathBuf)>> {
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str()))
-    else {
+    let (Some(directory), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
         return Err(io::Error::from(io::ErrorKind::InvalidInput));
     };
     let mut found = Vec::new();

@@ -92,9 +92,9 @@ impl Query<'_> {
             (Some(seconds), None) if seconds < 1 => {
                 return Err(QueryError::Invalid("sinceSeconds must be greater than 0"));
             }
-            (Some(seconds), None) => Some(
-                now.checked_sub(SignedDuration::from_secs(seconds)).unwrap_or(Timestamp::MIN),
-            ),
+            (Some(seconds), None) => {
+                Some(now.checked_sub(SignedDuration::from_secs(seconds)).unwrap_or(Timestamp::MIN))
+            }
             (None, since) => since,
         };
         let tail_lines = tail_lines

@@ -28,8 +28,7 @@ pub async fn open(
     options: LogOptions,
 ) -> Result<impl AsyncStream<Item = Result<Bytes, LogError>> + Send + 'static, LogError> {
     let follow = options.follow;
-    let (cursor, log) =
-        blocking(move || Cursor::open(&log.path, options).map(|cursor| (cursor, log))).await?;
+    let (cursor, log) = blocking(move || Cursor::open(&log.path, options).map(|cursor| (cursor, log))).await?;
     let follower = Follower::new(cursor, log, follow)?;
     Ok(futures::stream::try_unfold(follower, |mut follower| async {
         let next = follower.next().await?;
@@ -38,10 +37,7 @@ pub async fn open(
 }
 
 /// As [`open`], but at the first poll; then the first item may tell that it failed.
-pub fn read(
-    log: LogFile,
-    options: LogOptions,
-) -> impl AsyncStream<Item = Result<Bytes, LogError>> + Send + 'static {
+pub fn read(log: LogFile, options: LogOptions) -> impl AsyncStream<Item = Result<Bytes, LogError>> + Send + 'static {
     futures::stream::once(open(log, options)).try_flatten()
 }
 
@@ -66,9 +62,7 @@ impl Follower {
     fn new(cursor: Cursor, log: LogFile, follow: bool) -> Result<Self, LogError> {
         let live = log.live.filter(|_| follow);
         let watch = match live {
-            Some(Live::Process(_)) => {
-                Some(FileWatch::new(&log.path).map_err(LogError::file("watch", &log.path))?)
-            }
+            Some(Live::Process(_)) => Some(FileWatch::new(&log.path).map_err(LogError::file("watch", &log.path))?),
             _ => None,
         };
         Ok(Self { cursor: Some(cursor), live, watch })
@@ -79,9 +73,7 @@ impl Follower {
             // Asked before reading: what is written after an end is not, so the read sees all of it.
             let ended = match &mut self.live {
                 None => true,
-                Some(Live::Writer(progress)) => {
-                    progress.has_changed().is_err() || progress.borrow_and_update().ended
-                }
+                Some(Live::Writer(progress)) => progress.has_changed().is_err() || progress.borrow_and_update().ended,
                 Some(Live::Process(ended)) => ended.has_changed().is_err() || *ended.borrow_and_update(),
             };
             let Some(mut cursor) = self.cursor.take() else { return Ok(None) };
@@ -150,8 +142,7 @@ impl Cursor {
         let mut files = VecDeque::from(files::open_all(path).map_err(LogError::file("open", path))?);
         let mut offset = 0;
         if let Some(lines) = options.tail_lines {
-            let (first, start) =
-                tail(&files, lines, options.stream).map_err(LogError::file("read", path))?;
+            let (first, start) = tail(&files, lines, options.stream).map_err(LogError::file("read", path))?;
             files.drain(..first);
             offset = start;
         }

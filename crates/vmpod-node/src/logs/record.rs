@@ -112,14 +112,7 @@ fn parse_position(tag: &[u8]) -> Option<Position> {
 }
 
 /// Appends a record and its newline to `out`.
-pub fn encode(
-    out: &mut Vec<u8>,
-    time: &str,
-    stream: Stream,
-    partial: bool,
-    position: Position,
-    content: &[u8],
-) {
+pub fn encode(out: &mut Vec<u8>, time: &str, stream: Stream, partial: bool, position: Position, content: &[u8]) {
     out.extend_from_slice(time.as_bytes());
     out.push(b' ');
     out.extend_from_slice(stream.name().as_bytes());

@@ -20,8 +20,7 @@ impl FileWatch {
         use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
         let directory = file.parent().filter(|path| !path.as_os_str().is_empty());
         let events = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-        let interest =
-            WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE;
+        let interest = WatchFlags::MODIFY | WatchFlags::CREATE | WatchFlags::MOVED_TO | WatchFlags::CLOSE_WRITE;
         inotify::add_watch(&events, directory.unwrap_or(Path::new(".")), interest)?;
         #[expect(deprecated, reason = "unsound only for types that don't own their descriptor; this one does")]
         Ok(Self { events: tokio::io::unix::AsyncFd::new(events)? })

@@ -96,10 +96,7 @@ impl Writer {
         if let Some(directory) = path.parent() {
             let mut builder = fs::DirBuilder::new();
             std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-            builder
-                .recursive(true)
-                .create(directory)
-                .map_err(LogError::file("make the directory of", path))?;
+            builder.recursive(true).create(directory).map_err(LogError::file("make the directory of", path))?;
         }
         // A rotation that was cut short leaves an empty file under this name.
         match fs::remove_file(files::beside(path, NEW)) {
@@ -163,13 +160,7 @@ impl Writer {
     /// waits for the rest of it; a line too long for one record becomes several.
     ///
     /// On an error nothing was taken, and the same call may be repeated.
-    pub fn append(
-        &mut self,
-        start: u64,
-        stream: Stream,
-        bytes: &[u8],
-        now: Timestamp,
-    ) -> Result<(), LogError> {
+    pub fn append(&mut self, start: u64, stream: Stream, bytes: &[u8], now: Timestamp) -> Result<(), LogError> {
         let mut own = self.pending(stream).clone();
         let known = usize::try_from(own.consumed.saturating_sub(start)).unwrap_or(usize::MAX);
         let Some(mut rest) = bytes.get(known..).filter(|rest| !rest.is_empty()) else {
@@ -283,13 +274,7 @@ impl Writer {
 const NEW: &str = ".new";
 
 fn open_append(path: &Path, fresh: bool) -> io::Result<File> {
-    OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .create_new(fresh)
-        .mode(0o600)
-        .open(path)
+    OpenOptions::new().read(true).append(true).create(true).create_new(fresh).mode(0o600).open(path)
 }
 
 /// The position that the last readable record of the first `len` bytes holds.

@@ -85,9 +85,8 @@ impl Action {
     /// `nodes/proxy` is only a right to look.
     #[must_use]
     pub fn of(method: &Method, path: &str) -> Self {
-        let below = |prefix: &str| {
-            path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
+        let below =
+            |prefix: &str| path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
         let acts = ["/exec", "/attach", "/portForward", "/run"].into_iter().any(below);
         let verb = match *method {
             _ if acts => "create",
@@ -179,12 +178,7 @@ impl Access {
         failed.map_or(Ok(false), Err)
     }
 
-    async fn may(
-        &self,
-        user: &User,
-        verb: &'static str,
-        subresource: &'static str,
-    ) -> Result<bool, AccessError> {
+    async fn may(&self, user: &User, verb: &'static str, subresource: &'static str) -> Result<bool, AccessError> {
         let key = (user.clone(), verb, subresource);
         if let Some(known) = self.rights.get(&key, Instant::now()) {
             return Ok(known);
@@ -215,11 +209,7 @@ impl Access {
 
     async fn ask<K>(&self, kind: &'static str, review: &K) -> Result<K, AccessError>
     where
-        K: kube::Resource<DynamicType = ()>
-            + Clone
-            + std::fmt::Debug
-            + serde::Serialize
-            + serde::de::DeserializeOwned,
+        K: kube::Resource<DynamicType = ()> + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
     {
         let api: Api<K> = Api::all(self.client.clone());
         let asked = async {

@@ -74,7 +74,10 @@ async fn identify(app: &App, request: &Parts) -> Option<User> {
     match app.access.authenticate(&token).await {
         Ok(user) => user,
         Err(error) => {
-            tracing::warn!(error = crate::error_chain(&error), "could not review the token of a caller of the kubelet API");
+            tracing::warn!(
+                error = crate::error_chain(&error),
+                "could not review the token of a caller of the kubelet API"
+            );
             None
         }
     }
@@ -108,8 +111,17 @@ pub(super) fn plain(status: StatusCode, message: &str) -> Response {
 fn route(path: &str) -> &'static str {
     let first = path.split('/').nth(1).unwrap_or_default();
     let routes = [
-        "attach", "configz", "containerLogs", "exec", "healthz", "metrics", "pods", "portForward", "run",
-        "runningpods", "stats",
+        "attach",
+        "configz",
+        "containerLogs",
+        "exec",
+        "healthz",
+        "metrics",
+        "pods",
+        "portForward",
+        "run",
+        "runningpods",
+        "stats",
     ];
     routes.into_iter().find(|route| *route == first).unwrap_or("other")
 }

@@ -34,12 +34,7 @@ const FAREWELL: Duration = Duration::from_secs(5);
 pub(super) struct Shown(pub(super) Arc<[CertificateDer<'static>]>);
 
 /// Serves until `stop`, then lets requests end for a few seconds.
-pub(super) async fn serve(
-    listener: TcpListener,
-    serving: &Serving,
-    router: Router,
-    stop: CancellationToken,
-) {
+pub(super) async fn serve(listener: TcpListener, serving: &Serving, router: Router, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(CONNECTIONS));
     let connections = TaskTracker::new();
     loop {
@@ -84,10 +79,7 @@ async fn connection(
     let shown = Shown(stream.get_ref().1.peer_certificates().unwrap_or_default().into());
     let service = TowerToHyperService::new(router.layer(Extension(shown)));
     let mut http = hyper::server::conn::http1::Builder::new();
-    http.timer(TokioTimer::new())
-        .header_read_timeout(PATIENCE)
-        .max_headers(HEADERS)
-        .max_buf_size(HEAD_BYTES);
+    http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_headers(HEADERS).max_buf_size(HEAD_BYTES);
     let serving = http.serve_connection(TokioIo::new(stream), service).with_upgrades();
     tokio::pin!(serving);
     let served = tokio::select! {

@@ -39,9 +39,8 @@ impl Metrics {
     pub(super) fn new() -> Self {
         let mut registry = Registry::default();
         let requests = Family::default();
-        let durations: Family<_, _, fn() -> Histogram> = Family::new_with_constructor(|| {
-            Histogram::new([0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0])
-        });
+        let durations: Family<_, _, fn() -> Histogram> =
+            Family::new_with_constructor(|| Histogram::new([0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0]));
         let sessions = Family::default();
         let (pods, containers) = (Gauge::default(), Gauge::default());
         registry.register(
@@ -87,9 +86,11 @@ impl Metrics {
         for pod in running {
             pods += 1;
             let all = pod.status.as_ref().and_then(|status| status.container_statuses.as_ref());
-            containers += all.into_iter().flatten().filter(|container| {
-                container.state.as_ref().is_some_and(|state| state.running.is_some())
-            }).count();
+            containers += all
+                .into_iter()
+                .flatten()
+                .filter(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+                .count();
         }
         self.pods.set(pods);
         self.containers.set(i64::try_from(containers).unwrap_or(i64::MAX));
@@ -118,26 +119,50 @@ pub(super) fn resource(stats: Option<&NodeStats>) -> String {
     let failed = u8::from(stats.is_none());
     if let Some(stats) = stats {
         let mut samples = Samples { out: &mut out, time: stats.taken.as_millisecond() };
-        samples.family("container_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the container in core-seconds");
-        each_container(stats, |labels, container| samples.cpu("container_cpu_usage_seconds_total", labels, &container.usage));
+        samples.family(
+            "container_cpu_usage_seconds_total",
+            "counter",
+            "Cumulative cpu time consumed by the container in core-seconds",
+        );
+        each_container(stats, |labels, container| {
+            samples.cpu("container_cpu_usage_seconds_total", labels, &container.usage)
+        });
         samples.family("container_memory_working_set_bytes", "gauge", "Current working set of the container in bytes");
-        each_container(stats, |labels, container| samples.memory("container_memory_working_set_bytes", labels, &container.usage));
-        samples.family("container_start_time_seconds", "gauge", "Start time of the container since unix epoch in seconds");
+        each_container(stats, |labels, container| {
+            samples.memory("container_memory_working_set_bytes", labels, &container.usage)
+        });
+        samples.family(
+            "container_start_time_seconds",
+            "gauge",
+            "Start time of the container since unix epoch in seconds",
+        );
         each_container(stats, |labels, container| {
             let seconds = decimal(i128::from(container.started.as_millisecond()), 1_000);
             samples.sample("container_start_time_seconds", labels, &seconds);
         });
-        samples.family("node_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the node in core-seconds");
+        samples.family(
+            "node_cpu_usage_seconds_total",
+            "counter",
+            "Cumulative cpu time consumed by the node in core-seconds",
+        );
         samples.cpu("node_cpu_usage_seconds_total", "", &stats.node);
         samples.family("node_memory_working_set_bytes", "gauge", "Current working set of the node in bytes");
         samples.memory("node_memory_working_set_bytes", "", &stats.node);
-        samples.family("pod_cpu_usage_seconds_total", "counter", "Cumulative cpu time consumed by the pod in core-seconds");
+        samples.family(
+            "pod_cpu_usage_seconds_total",
+            "counter",
+            "Cumulative cpu time consumed by the pod in core-seconds",
+        );
         each_pod(stats, |labels, usage| samples.cpu("pod_cpu_usage_seconds_total", labels, usage));
         samples.family("pod_memory_working_set_bytes", "gauge", "Current working set of the pod in bytes");
         each_pod(stats, |labels, usage| samples.memory("pod_memory_working_set_bytes", labels, usage));
     }
     let mut samples = Samples { out: &mut out, time: 0 };
-    samples.family("resource_scrape_error", "gauge", "1 if there was an error while getting container metrics, 0 otherwise");
+    samples.family(
+        "resource_scrape_error",
+        "gauge",
+        "1 if there was an error while getting container metrics, 0 otherwise",
+    );
     out.push_str(if failed == 1 { "resource_scrape_error 1\n" } else { "resource_scrape_error 0\n" });
     out
 }
@@ -167,9 +192,7 @@ pub(super) fn pod_usage(pod: &super::PodStats) -> Usage {
     pod.containers.iter().fold(Usage::default(), |sum, container| Usage {
         cpu_nanoseconds: sum.cpu_nanoseconds.saturating_add(container.usage.cpu_nanoseconds),
         cpu_nanocores: add(sum.cpu_nanocores, container.usage.cpu_nanocores),
-        memory_working_set_bytes: sum
-            .memory_working_set_bytes
-            .saturating_add(container.usage.memory_working_set_bytes),
+        memory_working_set_bytes: sum.memory_working_set_bytes.saturating_add(container.usage.memory_working_set_bytes),
         memory_rss_bytes: add(sum.memory_rss_bytes, container.usage.memory_rss_bytes),
         memory_available_bytes: None,
     })

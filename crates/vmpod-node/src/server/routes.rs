@@ -128,11 +128,7 @@ async fn configz(State(app): State<Arc<App>>) -> Response {
     Json(json!({"kubeletconfig": app.config})).into_response()
 }
 
-async fn container_logs(
-    State(app): State<Arc<App>>,
-    Path(path): Path<ContainerPath>,
-    query: Pairs,
-) -> Response {
+async fn container_logs(State(app): State<Arc<App>>, Path(path): Path<ContainerPath>, query: Pairs) -> Response {
     let options = match LogOptions::from_query(borrowed(&query), Timestamp::now()) {
         Ok(options) => options,
         Err(error @ QueryError::Undecodable { .. }) => {

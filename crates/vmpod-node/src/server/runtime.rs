@@ -259,14 +259,9 @@ pub trait Runtime: Send + Sync + 'static {
     fn running_pods(&self) -> Vec<Arc<Pod>> {
         let mut pods = self.pods();
         pods.retain(|pod| {
-            pod.status
-                .as_ref()
-                .and_then(|status| status.container_statuses.as_ref())
-                .is_some_and(|all| {
-                    all.iter().any(|container| {
-                        container.state.as_ref().is_some_and(|state| state.running.is_some())
-                    })
-                })
+            pod.status.as_ref().and_then(|status| status.container_statuses.as_ref()).is_some_and(|all| {
+                all.iter().any(|container| container.state.as_ref().is_some_and(|state| state.running.is_some()))
+            })
         });
         pods
     }
@@ -279,20 +274,10 @@ pub trait Runtime: Send + Sync + 'static {
     async fn check_forward(&self, pod: &PodRef) -> Result<(), RuntimeError>;
 
     /// Runs a command in a container until it ends.
-    async fn exec(
-        &self,
-        target: &Target,
-        request: ExecRequest,
-        streams: Streams,
-    ) -> Result<Exit, RuntimeError>;
+    async fn exec(&self, target: &Target, request: ExecRequest, streams: Streams) -> Result<Exit, RuntimeError>;
 
     /// Joins the container's main process until it ends.
-    async fn attach(
-        &self,
-        target: &Target,
-        request: AttachRequest,
-        streams: Streams,
-    ) -> Result<Exit, RuntimeError>;
+    async fn attach(&self, target: &Target, request: AttachRequest, streams: Streams) -> Result<Exit, RuntimeError>;
 
     /// Where the log of the container's current attempt is, or of the one before it.
     async fn logs(&self, target: &Target, previous: bool) -> Result<LogFile, RuntimeError>;

@@ -1,6 +1,10 @@
 //! The routes that stay: exec, attach, port-forward, and run, which is exec without the streaming.
 
-use std::{pin::Pin, sync::Arc, task::{Context, Poll}};
+use std::{
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use axum::{
     Json,
@@ -99,11 +103,10 @@ pub(super) async fn port_forward(
     if let Err(error) = app.runtime.check_forward(&pod).await {
         return refuse(error.status(), &crate::error_chain(&error));
     }
-    let upgrade =
-        match Upgrade::of(request, &[forward::SPDY_PROTOCOL], &forward::WEBSOCKET_PROTOCOLS).await {
-            Ok(upgrade) => upgrade,
-            Err(refusal) => return refusal,
-        };
+    let upgrade = match Upgrade::of(request, &[forward::SPDY_PROTOCOL], &forward::WEBSOCKET_PROTOCOLS).await {
+        Ok(upgrade) => upgrade,
+        Err(refusal) => return refusal,
+    };
     // Only a WebSocket without SPDY in it has its ports in the query.
     let ports = match &upgrade {
         Upgrade::WebSocket(_, protocol) if *protocol != forward::TUNNEL_PROTOCOL => {
@@ -141,11 +144,7 @@ enum Connection {
 }
 
 impl Upgrade {
-    async fn of(
-        request: Request,
-        spdy: &[&'static str],
-        web_socket: &[&'static str],
-    ) -> Result<Self, Response> {
+    async fn of(request: Request, spdy: &[&'static str], web_socket: &[&'static str]) -> Result<Self, Response> {
         let (mut parts, _body) = request.into_parts();
         if !has_token(&parts.headers, &header::CONNECTION, "upgrade") {
             let message = "unable to upgrade: missing upgrade headers in request";
@@ -263,11 +262,7 @@ fn refuse(code: StatusCode, message: &str) -> Response {
 }
 
 /// Runs a command (its words separated by spaces) and answers with its output.
-pub(super) async fn run(
-    State(app): State<Arc<App>>,
-    Path(path): Path<ContainerPath>,
-    query: Pairs,
-) -> Response {
+pub(super) async fn run(State(app): State<Arc<App>>, Path(path): Path<ContainerPath>, query: Pairs) -> Response {
     let command: Vec<_> = borrowed(&query)
         .find(|(name, _)| *name == "cmd")
         .map(|(_, value)| value.split(' ').filter(|word| !word.is_empty()).map(str::to_owned).collect())
@@ -332,11 +327,7 @@ impl SharedWriter {
 }
 
 impl AsyncWrite for SharedWriter {
-    fn poll_write(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<std::io::Result<usize>> {
         let waker = context.waker().clone();
         self.with(|writer| writer.poll_write(&mut Context::from_waker(&waker), bytes), context)
     }

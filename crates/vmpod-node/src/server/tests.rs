@@ -30,7 +30,7 @@ use self::{
 };
 use super::*;
 use crate::{
-    logs::{Limits, LogFile, Live, Stream, Writer},
+    logs::{Limits, Live, LogFile, Stream, Writer},
     streaming::spdy::client::{Client, Event},
 };
 
@@ -218,10 +218,8 @@ async fn every_route_refuses_strangers_and_the_unauthorized() {
         world.api.allow(|user, rule| user != "bob" || rule != (verb, subresources[0]) && rule != (verb, "proxy"));
         let (status, body) = text(world.send(As::Token("good"), method, path, &[]).await).await;
         assert_eq!(status, StatusCode::FORBIDDEN, "{method} {path}");
-        let expected = format!(
-            "Forbidden (user=bob, verb={verb}, resource=nodes, subresource(s)=[{}])\n",
-            subresources.join(" ")
-        );
+        let expected =
+            format!("Forbidden (user=bob, verb={verb}, resource=nodes, subresource(s)=[{}])\n", subresources.join(" "));
         assert_eq!(body, expected);
         // Any one of the subresources suffices.
         for subresource in subresources {
@@ -254,7 +252,10 @@ async fn answers_are_asked_for_once_and_carry_the_whole_user() {
     let world = World::new().await;
     world.api.token("good", "bob", &["dev"]);
     for _ in 0..3 {
-        assert_eq!(text(world.send(As::Token("good"), "GET", "/healthz", &[]).await).await, (StatusCode::OK, "ok".into()));
+        assert_eq!(
+            text(world.send(As::Token("good"), "GET", "/healthz", &[]).await).await,
+            (StatusCode::OK, "ok".into())
+        );
         text(world.send(As::Token("bad"), "GET", "/healthz", &[]).await).await;
     }
     let asked = world.api.asked();
@@ -315,7 +316,12 @@ async fn certificates_change_while_serving() {
     let old = std::mem::replace(&mut world.authority, other);
     for _ in 0..100 {
         tokio::time::sleep(Duration::from_millis(10)).await;
-        if world.serving.current().user(&[certificate(&old.issue("x", &[], &[]).0)], rustls_pki_types::UnixTime::now()).is_none() {
+        if world
+            .serving
+            .current()
+            .user(&[certificate(&old.issue("x", &[], &[]).0)], rustls_pki_types::UnixTime::now())
+            .is_none()
+        {
             break;
         }
     }
@@ -373,7 +379,10 @@ async fn the_plain_routes_answer() {
     assert!(metrics.contains("kubelet_running_pods 1\n"), "{metrics}");
     assert!(metrics.contains(r#"kubelet_http_requests_total{method="GET",path="pods",code="200"} 1"#), "{metrics}");
     let (_, summary) = world.get("/stats/summary").await;
-    insta::assert_snapshot!("summary", serde_json::to_string_pretty(&serde_json::from_str::<Value>(&summary).unwrap()).unwrap());
+    insta::assert_snapshot!(
+        "summary",
+        serde_json::to_string_pretty(&serde_json::from_str::<Value>(&summary).unwrap()).unwrap()
+    );
     let (_, brief) = world.get("/stats/summary?only_cpu_and_memory=true").await;
     assert!(!brief.contains("rootfs") && !brief.contains("network") && brief.contains("usageCoreNanoSeconds"));
     let (_, resource) = world.get("/metrics/resource").await;
@@ -394,7 +403,10 @@ async fn logs_come_with_their_options_and_errors() {
     world.runtime.log(LogFile { path, live: Some(Live::Writer(writer.progress())) });
     let base = "/containerLogs/default/vm/main";
     assert_eq!(world.get(base).await, (StatusCode::OK, "one\ntwo\n".to_owned()));
-    assert_eq!(world.get(&format!("{base}?tailLines=1&timestamps=true")).await.1, "1970-01-01T00:00:00.000000000Z two\n");
+    assert_eq!(
+        world.get(&format!("{base}?tailLines=1&timestamps=true")).await.1,
+        "1970-01-01T00:00:00.000000000Z two\n"
+    );
     assert_eq!(world.get(&format!("{base}?tailLines=many")).await.0, StatusCode::BAD_REQUEST);
     assert_eq!(world.get(&format!("{base}?limitBytes=0")).await.0, StatusCode::UNPROCESSABLE_ENTITY);
     assert_eq!(world.get(&format!("{base}?previous=true")).await.0, StatusCode::BAD_REQUEST);
@@ -419,7 +431,9 @@ async fn logs_come_with_their_options_and_errors() {
 #[tokio::test]
 async fn run_answers_with_the_output() {
     let world = World::new().await;
-    let run = async |cmd: &str| text(world.send(API_SERVER, "POST", &format!("/run/default/vm/main?cmd={cmd}"), &[]).await).await;
+    let run = async |cmd: &str| {
+        text(world.send(API_SERVER, "POST", &format!("/run/default/vm/main?cmd={cmd}"), &[]).await).await
+    };
     assert_eq!(run("echo%20a%20%20b").await, (StatusCode::OK, "a b".to_owned()));
     assert_eq!(run("both").await, (StatusCode::OK, "outerr".to_owned()));
     let (status, body) = run("exit%203").await;
@@ -434,7 +448,8 @@ async fn requests_that_cant_be_upgraded_are_told_why() {
     let world = World::new().await;
     let path = "/exec/default/vm/main?command=true&output=1";
     let spdy = [("connection", "Upgrade"), ("upgrade", "SPDY/3.1")];
-    let post = async |path: &str, headers: &[(&str, &str)]| text(world.send(API_SERVER, "POST", path, headers).await).await;
+    let post =
+        async |path: &str, headers: &[(&str, &str)]| text(world.send(API_SERVER, "POST", path, headers).await).await;
     let (status, body) = post(path, &[]).await;
     assert_eq!(status, StatusCode::BAD_REQUEST);
     let expected = json!({
@@ -459,9 +474,12 @@ async fn requests_that_cant_be_upgraded_are_told_why() {
 #[tokio::test]
 async fn exec_over_spdy_in_every_version() {
     let world = World::new().await;
-    let versions = ["v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
+    let versions =
+        ["v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
     for (index, version) in versions.iter().enumerate() {
-        let mut client = world.spdy("/exec/default/vm/main?command=cat&command=3&input=1&output=1&error=1", &versions[index..]).await;
+        let mut client = world
+            .spdy("/exec/default/vm/main?command=cat&command=3&input=1&output=1&error=1", &versions[index..])
+            .await;
         let error = client.open(&[("streamtype", "error")]).await;
         let stdin = client.open(&[("streamtype", "stdin")]).await;
         let stdout = client.open(&[("streamtype", "stdout")]).await;
@@ -474,7 +492,10 @@ async fn exec_over_spdy_in_every_version() {
         let end = String::from_utf8(output[&error].clone()).unwrap();
         if index < 2 {
             let status: Value = serde_json::from_str(&end).unwrap();
-            assert_eq!((&status["reason"], &status["details"]["causes"][0]), (&json!("NonZeroExitCode"), &json!({"reason": "ExitCode", "message": "3"})));
+            assert_eq!(
+                (&status["reason"], &status["details"]["causes"][0]),
+                (&json!("NonZeroExitCode"), &json!({"reason": "ExitCode", "message": "3"}))
+            );
         } else {
             assert_eq!(end, "command terminated with non-zero exit code: exit code 3");
         }
@@ -484,7 +505,8 @@ async fn exec_over_spdy_in_every_version() {
 #[tokio::test]
 async fn a_terminal_over_spdy_tells_its_sizes() {
     let world = World::new().await;
-    let mut client = world.spdy("/exec/default/vm/main?command=sizes&input=1&output=1&error=1&tty=1", &["v4.channel.k8s.io"]).await;
+    let mut client =
+        world.spdy("/exec/default/vm/main?command=sizes&input=1&output=1&error=1&tty=1", &["v4.channel.k8s.io"]).await;
     let error = client.open(&[("streamtype", "error")]).await;
     let resize = client.open(&[("streamtype", "resize")]).await;
     let stdout = client.open(&[("streamtype", "stdout")]).await;
@@ -546,10 +568,18 @@ async fn exec_over_websocket_in_every_version() {
     use tungstenite::Message;
     let world = World::new().await;
     let path = "/exec/default/vm/main?command=cat&command=3&input=1&output=1&error=1";
-    for protocol in ["v5.channel.k8s.io", "v4.channel.k8s.io", "v4.base64.channel.k8s.io", "base64.channel.k8s.io", "channel.k8s.io"] {
+    for protocol in [
+        "v5.channel.k8s.io",
+        "v4.channel.k8s.io",
+        "v4.base64.channel.k8s.io",
+        "base64.channel.k8s.io",
+        "channel.k8s.io",
+    ] {
         let mut socket = websocket(&world, path, protocol).await;
         let base64 = protocol.contains("base64");
-        let message = |text: &str| if base64 { Message::Text(text.into()) } else { Message::Binary(text.as_bytes().to_vec().into()) };
+        let message = |text: &str| {
+            if base64 { Message::Text(text.into()) } else { Message::Binary(text.as_bytes().to_vec().into()) }
+        };
         // "hello", then the end: by CLOSE in version 5, by a byte that the script takes for it before.
         socket.send(message(if base64 { "0aGVsbG8=" } else { "\0hello" })).await.unwrap();
         if protocol.starts_with("v5") {
@@ -647,7 +677,8 @@ where
     client.data(echo, b"ping", true).await;
     let mut seen = (Vec::new(), Vec::new());
     let mut ended = Vec::new();
-    while !(ended.contains(&echo) && ended.contains(&refused) && ended.contains(&refused_error) && ended.contains(&bad)) {
+    while !(ended.contains(&echo) && ended.contains(&refused) && ended.contains(&refused_error) && ended.contains(&bad))
+    {
         match client.event().await.unwrap() {
             Event::Data(stream, bytes, fin) => {
                 if stream == echo {

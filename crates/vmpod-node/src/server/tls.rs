@@ -63,9 +63,7 @@ impl fmt::Debug for Pem {
 impl Pem {
     /// Reads the three files.
     pub fn read(cert: &Path, key: &Path, client_ca: Option<&Path>) -> Result<Self, TlsError> {
-        let read = |path: &Path| {
-            std::fs::read_to_string(path).map_err(|error| TlsError::Read(path.to_owned(), error))
-        };
+        let read = |path: &Path| std::fs::read_to_string(path).map_err(|error| TlsError::Read(path.to_owned(), error));
         Ok(Self { cert: read(cert)?, key: read(key)?, client_ca: client_ca.map(read).transpose()? })
     }
 }
@@ -82,8 +80,8 @@ impl Material {
     pub fn new(pem: &Pem) -> Result<Self, TlsError> {
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let chain = certificates(&pem.cert, "certificate")?;
-        let key = PrivateKeyDer::from_pem_slice(pem.key.as_bytes())
-            .map_err(|error| TlsError::Pem("private key", error))?;
+        let key =
+            PrivateKeyDer::from_pem_slice(pem.key.as_bytes()).map_err(|error| TlsError::Pem("private key", error))?;
         let clients = match &pem.client_ca {
             None => None,
             Some(authorities) => {

@@ -23,8 +23,7 @@ use crate::server::{PodRef, Runtime};
 pub const SPDY_PROTOCOL: &str = "portforward.k8s.io";
 
 /// The protocols over WebSocket, best first: what carries SPDY can open connections at any time.
-pub const WEBSOCKET_PROTOCOLS: [&str; 3] =
-    [TUNNEL_PROTOCOL, "v4.channel.k8s.io", "v4.base64.channel.k8s.io"];
+pub const WEBSOCKET_PROTOCOLS: [&str; 3] = [TUNNEL_PROTOCOL, "v4.channel.k8s.io", "v4.base64.channel.k8s.io"];
 
 /// SPDY inside a WebSocket.
 pub const TUNNEL_PROTOCOL: &str = "SPDY/3.1+portforward.k8s.io";

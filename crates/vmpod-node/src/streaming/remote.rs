@@ -22,13 +22,8 @@ use super::{
 use crate::server::{AttachRequest, ExecRequest, Exit, Runtime, RuntimeError, Streams, Target, TermSize};
 
 /// The versions spoken over SPDY, best first.
-pub const SPDY_PROTOCOLS: [&str; 5] = [
-    "v5.channel.k8s.io",
-    "v4.channel.k8s.io",
-    "v3.channel.k8s.io",
-    "v2.channel.k8s.io",
-    "channel.k8s.io",
-];
+pub const SPDY_PROTOCOLS: [&str; 5] =
+    ["v5.channel.k8s.io", "v4.channel.k8s.io", "v3.channel.k8s.io", "v2.channel.k8s.io", "channel.k8s.io"];
 
 /// The versions spoken over WebSocket, best first. Versions 2 and 3 never existed there, but clients offer them.
 pub const WEBSOCKET_PROTOCOLS: [&str; 7] = [
@@ -75,9 +70,7 @@ pub struct Wanted {
 
 impl Wanted {
     /// Reads the kubelet's query parameters. A terminal has no stderr; asking for nothing is an error.
-    pub fn from_query<'a>(
-        pairs: impl IntoIterator<Item = (&'a str, &'a str)>,
-    ) -> Result<Self, &'static str> {
+    pub fn from_query<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Result<Self, &'static str> {
         let mut wanted = Self::default();
         for (name, value) in pairs {
             let on = matches!(value, "1" | "true");
@@ -316,7 +309,13 @@ pub async fn over_websocket(
         on.then(|| Box::new(socket.writer(channel)) as _)
     };
     // An empty message tells the client that the session has begun.
-    let first = if wanted.stdout { 1 } else if wanted.stderr { 2 } else { 3 };
+    let first = if wanted.stdout {
+        1
+    } else if wanted.stderr {
+        2
+    } else {
+        3
+    };
     socket.open(first).await;
     let channels = Channels {
         streams: Streams {

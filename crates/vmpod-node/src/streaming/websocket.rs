@@ -237,11 +237,7 @@ fn broken<T>(_: PollSendError<T>) -> io::Error {
 }
 
 impl AsyncWrite for Writer {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let chunk = &bytes[..bytes.len().min(CHUNK)];
         if !chunk.is_empty() {
             ready!(self.out.poll_reserve(context)).map_err(broken)?;
@@ -292,11 +288,7 @@ impl AsyncRead for Tunnel {
 }
 
 impl AsyncWrite for Tunnel {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let mut socket = Pin::new(&mut self.socket);
         ready!(socket.as_mut().poll_ready(context)).map_err(io::Error::other)?;
         let chunk = &bytes[..bytes.len().min(CHUNK)];

@@ -47,10 +47,7 @@ async fn each_option_does_what_it_says() {
             (LogOptions { since: Some(at(7)), ..all() }, "7\n8\n9\n"),
             (LogOptions { since: Some(at(7)), tail_lines: Some(1), ..all() }, "9\n"),
             (LogOptions { limit_bytes: Some(5), ..all() }, "0\n1\n2"),
-            (
-                LogOptions { timestamps: true, tail_lines: Some(1), ..all() },
-                "2027-01-15T08:00:09.000000000Z 9\n",
-            ),
+            (LogOptions { timestamps: true, tail_lines: Some(1), ..all() }, "2027-01-15T08:00:09.000000000Z 9\n"),
             (LogOptions { timestamps: true, limit_bytes: Some(4), ..all() }, "2027"),
         ];
         for (options, expected) in cases {
@@ -72,10 +69,7 @@ async fn a_line_in_parts_has_one_timestamp_and_is_one_line_of_a_tail() {
     let tail = LogOptions { tail_lines: Some(2), ..all };
     assert_eq!(output(&path, tail.clone()).await, format!("{long}\nprompt> "));
     let stamped = output(&path, LogOptions { timestamps: true, ..tail }).await;
-    assert_eq!(
-        stamped,
-        format!("2027-01-15T08:00:00.000000000Z {long}\n2027-01-15T08:00:01.000000000Z prompt> ")
-    );
+    assert_eq!(stamped, format!("2027-01-15T08:00:00.000000000Z {long}\n2027-01-15T08:00:01.000000000Z prompt> "));
 }
 
 #[tokio::test]

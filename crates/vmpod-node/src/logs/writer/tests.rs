@@ -120,16 +120,13 @@ fn chunk() -> impl Strategy<Value = Chunk> {
         9 => proptest::collection::vec(byte, 1..40),
         1 => (MAX_CONTENT - 2..MAX_CONTENT * 2 + 3).prop_map(|len| vec![b'y'; len]),
     ];
-    (any::<bool>(), bytes).prop_map(|(err, bytes)| Chunk {
-        stream: if err { Stream::Stderr } else { Stream::Stdout },
-        bytes,
-    })
+    (any::<bool>(), bytes)
+        .prop_map(|(err, bytes)| Chunk { stream: if err { Stream::Stderr } else { Stream::Stdout }, bytes })
 }
 
 fn expected(chunks: &[Chunk]) -> (Vec<u8>, Vec<u8>) {
-    let of = |stream| {
-        chunks.iter().filter(|chunk| chunk.stream == stream).flat_map(|chunk| chunk.bytes.clone()).collect()
-    };
+    let of =
+        |stream| chunks.iter().filter(|chunk| chunk.stream == stream).flat_map(|chunk| chunk.bytes.clone()).collect();
     (of(Stream::Stdout), of(Stream::Stderr))
 }
 

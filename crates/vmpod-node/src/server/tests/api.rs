@@ -104,7 +104,10 @@ impl FakeApi {
     }
 }
 
-async fn token_review(State(api): State<Arc<FakeApi>>, Json(mut review): Json<Value>) -> Result<Json<Value>, StatusCode> {
+async fn token_review(
+    State(api): State<Arc<FakeApi>>,
+    Json(mut review): Json<Value>,
+) -> Result<Json<Value>, StatusCode> {
     api.ask(&review)?;
     let token = review["spec"]["token"].as_str().unwrap_or_default();
     review["status"] = match api.tokens.lock().unwrap().get(token) {
@@ -117,7 +120,10 @@ async fn token_review(State(api): State<Arc<FakeApi>>, Json(mut review): Json<Va
     Ok(Json(review))
 }
 
-async fn access_review(State(api): State<Arc<FakeApi>>, Json(mut review): Json<Value>) -> Result<Json<Value>, StatusCode> {
+async fn access_review(
+    State(api): State<Arc<FakeApi>>,
+    Json(mut review): Json<Value>,
+) -> Result<Json<Value>, StatusCode> {
     api.ask(&review)?;
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
     let wanted = &review["spec"]["resourceAttributes"];

@@ -134,10 +134,7 @@ impl Runtime for Scripted {
             let pod = json!({"metadata": {"name": name, "namespace": "default"}, "status": status});
             Arc::new(serde_json::from_value(pod).unwrap())
         };
-        vec![
-            pod("vm", json!({"running": {}})),
-            pod("stopped", json!({"terminated": {"exitCode": 0}})),
-        ]
+        vec![pod("vm", json!({"running": {}})), pod("stopped", json!({"terminated": {"exitCode": 0}}))]
     }
 
     async fn check_running(&self, target: &Target) -> Result<(), RuntimeError> {

@@ -75,14 +75,38 @@ impl Head {
 /// A control frame. Header blocks are still compressed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Control {
-    SynStream { stream: u32, associated: u32, priority: u8, fin: bool, unidirectional: bool, block: Bytes },
-    SynReply { stream: u32, fin: bool, block: Bytes },
-    RstStream { stream: u32, status: u32 },
+    SynStream {
+        stream: u32,
+        associated: u32,
+        priority: u8,
+        fin: bool,
+        unidirectional: bool,
+        block: Bytes,
+    },
+    SynReply {
+        stream: u32,
+        fin: bool,
+        block: Bytes,
+    },
+    RstStream {
+        stream: u32,
+        status: u32,
+    },
     Settings(Vec<(u32, u32)>),
     Ping(u32),
-    GoAway { last: u32, status: u32 },
-    Headers { stream: u32, fin: bool, block: Bytes },
-    WindowUpdate { stream: u32, delta: u32 },
+    GoAway {
+        last: u32,
+        status: u32,
+    },
+    Headers {
+        stream: u32,
+        fin: bool,
+        block: Bytes,
+    },
+    WindowUpdate {
+        stream: u32,
+        delta: u32,
+    },
     /// A type that this implementation doesn't know; to be ignored.
     Unknown(u16),
 }
@@ -228,14 +252,12 @@ mod tests {
                     block
                 }
             ),
-            (id(), any::<bool>(), block())
-                .prop_map(|(stream, fin, block)| Control::SynReply { stream, fin, block }),
+            (id(), any::<bool>(), block()).prop_map(|(stream, fin, block)| Control::SynReply { stream, fin, block }),
             (id(), any::<u32>()).prop_map(|(stream, status)| Control::RstStream { stream, status }),
             proptest::collection::vec((0..=LENGTH_MASK, any::<u32>()), 0..5).prop_map(Control::Settings),
             any::<u32>().prop_map(Control::Ping),
             (id(), any::<u32>()).prop_map(|(last, status)| Control::GoAway { last, status }),
-            (id(), any::<bool>(), block())
-                .prop_map(|(stream, fin, block)| Control::Headers { stream, fin, block }),
+            (id(), any::<bool>(), block()).prop_map(|(stream, fin, block)| Control::Headers { stream, fin, block }),
             (id(), id()).prop_map(|(stream, delta)| Control::WindowUpdate { stream, delta }),
         ]
     }

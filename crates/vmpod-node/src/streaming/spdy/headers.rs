@@ -130,9 +130,7 @@ impl Writer {
         // Deflate never grows by more than this, and the flush marker is 5 bytes.
         let mut block = Vec::with_capacity(plain.len() + plain.len() / 16 + 64);
         let before = self.zlib.total_in();
-        self.zlib
-            .compress_vec(&plain, &mut block, FlushCompress::Sync)
-            .map_err(|_| BlockError::Compression)?;
+        self.zlib.compress_vec(&plain, &mut block, FlushCompress::Sync).map_err(|_| BlockError::Compression)?;
         if self.zlib.total_in() - before != plain.len() as u64 || block.len() == block.capacity() {
             return Err(BlockError::Compression);
         }

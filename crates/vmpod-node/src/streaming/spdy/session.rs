@@ -48,12 +48,7 @@ pub struct Limits {
 impl Default for Limits {
     /// The kubelet's idle time; room for a busy port-forward.
     fn default() -> Self {
-        Self {
-            streams: 512,
-            stream_buffer: 128 * 1024,
-            buffer: 16 * 1024 * 1024,
-            idle: Duration::from_hours(4),
-        }
+        Self { streams: 512, stream_buffer: 128 * 1024, buffer: 16 * 1024 * 1024, idle: Duration::from_hours(4) }
     }
 }
 
@@ -565,9 +560,7 @@ async fn read_frames<R: AsyncRead>(
                 let mut body = BytesMut::zeroed(usize::try_from(length).unwrap_or(0));
                 io.read_exact(&mut body).await?;
                 match Control::parse(kind, flags, body.freeze()) {
-                    Ok(control) => {
-                        handle(shared, control, &mut blocks, accepted).map_err(io::Error::other)
-                    }
+                    Ok(control) => handle(shared, control, &mut blocks, accepted).map_err(io::Error::other),
                     Err(error) => Err(io::Error::other(error)),
                 }
             }
@@ -585,12 +578,7 @@ async fn read_frames<R: AsyncRead>(
 }
 
 /// Takes the payload of a data frame into the stream's buffer, piece by piece as there is room.
-async fn receive(
-    shared: &Shared,
-    io: &mut (impl AsyncRead + Unpin),
-    stream: u32,
-    length: u32,
-) -> io::Result<()> {
+async fn receive(shared: &Shared, io: &mut (impl AsyncRead + Unpin), stream: u32, length: u32) -> io::Result<()> {
     let mut left = usize::try_from(length).unwrap_or(0);
     {
         let mut state = shared.lock();
@@ -686,7 +674,6 @@ fn handle(
     }
     Ok(())
 }
-
 
 #[cfg(test)]
 mod tests;

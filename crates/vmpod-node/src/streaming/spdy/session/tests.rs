@@ -156,9 +156,8 @@ async fn input_that_nobody_reads_does_not_keep_the_connection_from_ending() {
     client.open(&[]).await;
     let stream = accept(&mut session).await;
     let (mut read, mut write) = tokio::io::split(client.io);
-    let flood = tokio::spawn(async move {
-        while write.write_all(&frame::data(1, false, &[1; 10_000])).await.is_ok() {}
-    });
+    let flood =
+        tokio::spawn(async move { while write.write_all(&frame::data(1, false, &[1; 10_000])).await.is_ok() {} });
     tokio::time::sleep(Duration::from_millis(20)).await;
     let finishing = tokio::spawn(session.finish(Duration::from_millis(200)));
     let mut rest = Vec::new();
@@ -170,7 +169,11 @@ async fn input_that_nobody_reads_does_not_keep_the_connection_from_ending() {
 
 #[tokio::test]
 async fn protocol_errors_end_the_connection_with_goaway() {
-    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x80, 2, 0, 1, 0, 0, 0, 0], &[0x80, 3, 0, 1, 0, 0, 0, 10, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]] {
+    for bytes in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        &[0x80, 2, 0, 1, 0, 0, 0, 0],
+        &[0x80, 3, 0, 1, 0, 0, 0, 10, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0],
+    ] {
         let (mut client, session) = pair(Limits::default());
         client.io.write_all(bytes).await.unwrap();
         if bytes[0] == 0x80 {
