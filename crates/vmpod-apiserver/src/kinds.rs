@@ -26,9 +26,8 @@ use jiff::Timestamp;
 use serde_json::Value;
 
 pub(crate) use self::decode::{
-    BODY_TYPES, Decoded, FieldValidation, Format, conform, decode, decode_options, rfc3339, rfc3339_micro, warning_header,
+    FieldValidation, Format, conform, decode, decode_options, rfc3339, warning_header,
 };
-pub(crate) use self::defaults::default;
 pub(crate) use self::lifecycle::{bind, create, pod_service_account, present, unchanged, update};
 pub(crate) use self::registry::Registry;
 

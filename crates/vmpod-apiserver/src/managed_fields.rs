@@ -39,10 +39,10 @@ impl Entry {
     fn shown(&self) -> String {
         let mut out = quoted(&self.manager);
         if !self.subresource.is_empty() {
-            out.push_str(&format!(" with subresource {}", quoted(&self.subresource)));
+            out.extend([" with subresource ", &quoted(&self.subresource)]);
         }
         if !self.apply {
-            out.push_str(&format!(" using {}", self.api_version));
+            out.extend([" using ", &self.api_version]);
         }
         out
     }
@@ -142,9 +142,8 @@ fn out_of_reach(resource: &Resource, subresource: Option<&str>) -> Set {
                 out.insert(&path(words));
             }
         }
-        Some(_) => {}
         None if resource.subresource("status").is_some() => out.insert(&path("status")),
-        None => {}
+        _ => {}
     }
     out
 }
@@ -162,7 +161,7 @@ fn blank(resource: &Resource) -> Value {
 }
 
 /// Takes what changed from those who owned it.
-fn disown(list: &mut Vec<Entry>, but: &Entry, comparison: &typed::Comparison) {
+fn disown(list: &mut [Entry], but: &Entry, comparison: &typed::Comparison) {
     let changed = comparison.modified.union(&comparison.added);
     for entry in list.iter_mut().filter(|entry| !entry.is(but)) {
         entry.fields = entry.fields.difference(&entry.fields.intersection(&changed)).difference(&comparison.removed);
@@ -280,8 +279,8 @@ pub(crate) fn server_side_apply(
         time: Some(rfc3339(now)),
         fields: strip(&typed::fields(ty, &applied), resource, subresource),
     };
-    let last = list.iter().find(|entry| entry.is(&own)).cloned();
-    if let Some(last) = &last {
+    let previous = list.iter().find(|entry| entry.is(&own)).cloned();
+    if let Some(last) = &previous {
         let mut owned = own.fields.clone();
         for entry in list.iter().filter(|entry| !entry.is(&own)) {
             owned = owned.union(&entry.fields);
@@ -301,7 +300,7 @@ pub(crate) fn server_side_apply(
     }
     disown(&mut list, &own, &comparison);
     list.retain(|entry| !entry.is(&own));
-    if let Some(last) = last.filter(|last| last.fields == own.fields && comparison.is_same()) {
+    if let Some(last) = previous.filter(|last| last.fields == own.fields && comparison.is_same()) {
         own.time = last.time;
     }
     list.push(own);
@@ -331,19 +330,16 @@ fn conflict(conflicts: &[(&Entry, Set)]) -> Status {
             all.push((entry.shown(), set::shown(&path)));
         }
     }
-    let text = match all.as_slice() {
-        [(owner, field)] => format!("conflict with {owner}: {field}"),
-        _ => {
-            let mut owners: Vec<&String> = all.iter().map(|(owner, _)| owner).collect();
-            owners.sort();
-            owners.dedup();
-            let mut lines = Vec::new();
-            for owner in owners {
-                lines.push(format!("conflicts with {owner}:"));
-                lines.extend(all.iter().filter(|(one, _)| one == owner).map(|(_, field)| format!("- {field}")));
-            }
-            lines.join("\n")
+    let text = if let [(owner, field)] = all.as_slice() { format!("conflict with {owner}: {field}") } else {
+        let mut owners: Vec<&String> = all.iter().map(|(owner, _)| owner).collect();
+        owners.sort();
+        owners.dedup();
+        let mut lines = Vec::new();
+        for owner in owners {
+            lines.push(format!("conflicts with {owner}:"));
+            lines.extend(all.iter().filter(|(one, _)| one == owner).map(|(_, field)| format!("- {field}")));
         }
+        lines.join("\n")
     };
     let causes: Vec<Value> = all
         .iter()

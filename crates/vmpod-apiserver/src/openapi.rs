@@ -1,4 +1,4 @@
-//! OpenAPI v3: what `kubectl explain` shows, and what clients look up before they apply.
+//! `OpenAPI` v3: what `kubectl explain` shows, and what clients look up before they apply.
 //!
 //! Descriptions and types of the built-in kinds come from `k8s-openapi`; merge keys, list types and the
 //! group, version and kind of each are added from our own tables.
@@ -8,7 +8,7 @@ use std::sync::{Arc, LazyLock};
 
 use k8s_openapi::api::{
     authentication::v1 as authentication, authorization::v1 as authorization, autoscaling::v1 as autoscaling,
-    certificates::v1 as certificates, coordination::v1 as coordination, core::v1 as core, policy::v1 as policy,
+    certificates::v1 as certificates, coordination::v1 as coordination, core::v1 as core, events::v1 as events, policy::v1 as policy,
 };
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1 as apiextensions;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
@@ -46,6 +46,7 @@ static DEFINITIONS: LazyLock<BTreeMap<String, Value>> = LazyLock::new(|| {
         SchemaGenerator::subschema_for::<authorization::SubjectAccessReview>,
         SchemaGenerator::subschema_for::<autoscaling::Scale>,
         SchemaGenerator::subschema_for::<certificates::CertificateSigningRequest>,
+        SchemaGenerator::subschema_for::<events::Event>,
         SchemaGenerator::subschema_for::<policy::Eviction>,
         SchemaGenerator::subschema_for::<meta::DeleteOptions>,
         SchemaGenerator::subschema_for::<meta::ObjectMeta>,
@@ -64,16 +65,15 @@ static DEFINITIONS: LazyLock<BTreeMap<String, Value>> = LazyLock::new(|| {
         .collect()
 });
 
-/// A `$ref` with something beside it is an `allOf` in OpenAPI 3.0.
+/// A `$ref` with something beside it is an `allOf` in `OpenAPI` 3.0.
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(map) => {
             // A schema may also have a property of that name.
-            if map.len() > 1 && map.get("$ref").is_some_and(Value::is_string) {
-                if let Some(reference) = map.remove("$ref") {
+            if map.len() > 1 && map.get("$ref").is_some_and(Value::is_string)
+                && let Some(reference) = map.remove("$ref") {
                     map.insert("allOf".into(), json!([{"$ref": reference}]));
                 }
-            }
             map.values_mut().for_each(tidy);
         }
         Value::Array(list) => list.iter_mut().for_each(tidy),
@@ -162,7 +162,7 @@ pub(crate) fn index(registry: &Registry) -> Value {
         }
         let Some(document) = document(registry, &resource.group, &resource.version) else { continue };
         let digest = Sha256::digest(document.to_string().as_bytes());
-        let hash: String = digest.iter().map(|byte| format!("{byte:02X}")).collect();
+        let hash = digest.iter().map(|byte| format!("{byte:02X}")).collect::<Vec<_>>().concat();
         paths.insert(path.clone(), json!({"serverRelativeURL": format!("/openapi/v3/{path}?hash={hash}")}));
     }
     json!({"paths": paths})
@@ -237,14 +237,12 @@ fn custom_schema(schema: &Value) -> Value {
 fn add_references(value: &Value, schemas: &mut BTreeMap<String, Value>) {
     match value {
         Value::Object(map) => {
-            if let Some(name) = map.get("$ref").and_then(Value::as_str).and_then(|text| text.strip_prefix(REF)) {
-                if !schemas.contains_key(name) {
-                    if let Some(definition) = DEFINITIONS.get(name) {
+            if let Some(name) = map.get("$ref").and_then(Value::as_str).and_then(|text| text.strip_prefix(REF))
+                && !schemas.contains_key(name)
+                    && let Some(definition) = DEFINITIONS.get(name) {
                         schemas.insert(name.to_owned(), definition.clone());
                         add_references(definition, schemas);
                     }
-                }
-            }
             map.values().for_each(|inner| add_references(inner, schemas));
         }
         Value::Array(list) => list.iter().for_each(|inner| add_references(inner, schemas)),

@@ -112,7 +112,7 @@ pub(crate) fn apply(
         }
         PatchKind::Apply => {}
     }
-    let decoded = conform(resource, new, duplicates, validation)?;
+    let decoded = conform(resource, new, &duplicates, validation)?;
     Ok(Patched { value: decoded.value, warnings: decoded.warnings, apply: false })
 }
 
@@ -178,7 +178,7 @@ fn server_side(
     }
     let merged =
         managed_fields::server_side_apply(resource, old, &applied, context.manager, force, subresource, context.now)?;
-    let decoded = conform(resource, merged, duplicates, validation)?;
+    let decoded = conform(resource, merged, &duplicates, validation)?;
     Ok(Patched { value: decoded.value, warnings: decoded.warnings, apply: true })
 }
 

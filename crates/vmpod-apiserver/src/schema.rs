@@ -1,6 +1,6 @@
 //! What an object may look like: one type model for the kinds built in and for custom resources.
 //!
-//! Decoding, pruning, strategic merge, field ownership and OpenAPI all walk a value beside its [`Type`].
+//! Decoding, pruning, strategic merge, field ownership and `OpenAPI` all walk a value beside its [`Type`].
 //! The built-in types come from `kinds/wire.txt`; custom ones are made by [`crate::crd`] from structural schemas.
 
 use std::collections::{BTreeMap, HashMap};
@@ -153,19 +153,6 @@ impl Type {
             _ => self.as_struct()?.fields.get(name).map(|field| &field.ty),
         }
     }
-
-    /// The type at a path of field names; list items are stepped into.
-    #[must_use]
-    pub(crate) fn at(&self, path: &[&str]) -> Option<&Type> {
-        let mut here = self;
-        for part in path {
-            while let Self::List(list) = here {
-                here = &list.item;
-            }
-            here = here.child(part)?;
-        }
-        Some(here)
-    }
 }
 
 static BUILTIN: LazyLock<HashMap<&'static str, Struct>> = LazyLock::new(|| parse(include_str!("kinds/wire.txt")));
@@ -286,14 +273,13 @@ mod tests {
 
     #[test]
     fn containers_merge_by_name_and_ports_are_kept_apart_by_two_keys() {
-        let pod = Type::named("core.Pod");
-        let Some(Type::List(ports)) = pod.at(&["spec", "containers", "ports"]) else { panic!("ports is a list") };
+        let Some(Type::List(ports)) = Type::named("core.Container").child("ports").cloned() else { panic!("ports is a list") };
         assert_eq!(ports.relation, Relation::Map(vec!["containerPort".into(), "protocol".into()]));
         let spec = Type::named("core.PodSpec");
         let containers = &spec.as_struct().unwrap().fields["containers"];
         assert_eq!(containers.rule.key.as_deref(), Some("name"));
         assert!(containers.rule.merge);
-        assert!(pod.at(&["spec", "nonsense"]).is_none());
+        assert!(spec.child("nonsense").is_none());
     }
 
     #[test]

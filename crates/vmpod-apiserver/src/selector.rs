@@ -93,7 +93,9 @@ impl Parser {
             match self.peek() {
                 Token::End => return Ok(out),
                 Token::Word(_) | Token::Symbol("!") => out.push(self.requirement()?),
-                other => return Err(format!("found '{}', expected: !, identifier, or 'end of string'", other.shown())),
+                Token::Symbol(symbol) => {
+                    return Err(format!("found '{symbol}', expected: !, identifier, or 'end of string'"));
+                }
             }
             match self.next() {
                 Token::End => return Ok(out),
@@ -220,12 +222,6 @@ impl LabelSelector {
         parser.requirements().map(Self).map_err(Status::bad_request)
     }
 
-    /// Whether everything matches.
-    #[must_use]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
     /// Whether an object's labels match.
     #[must_use]
     pub(crate) fn matches(&self, object: &Value) -> bool {
@@ -318,18 +314,6 @@ impl FieldSelector {
             out.push((field, equal, value));
         }
         Ok(Self(out))
-    }
-
-    /// Whether everything matches.
-    #[must_use]
-    pub(crate) fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// The one value that a field must have, if the selector says so.
-    #[must_use]
-    pub(crate) fn exact(&self, field: &str) -> Option<&str> {
-        self.0.iter().find(|(name, equal, _)| name == field && *equal).map(|(_, _, value)| value.as_str())
     }
 
     /// Whether an object matches.

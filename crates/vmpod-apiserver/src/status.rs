@@ -46,8 +46,6 @@ pub(crate) enum CauseReason {
     TypeInvalid,
     /// `FieldValueNotFound`
     NotFound,
-    /// `InternalError`
-    Internal,
 }
 
 impl CauseReason {
@@ -64,7 +62,6 @@ impl CauseReason {
             Self::TooMany => "FieldValueTooMany",
             Self::TypeInvalid => "FieldValueTypeInvalid",
             Self::NotFound => "FieldValueNotFound",
-            Self::Internal => "InternalError",
         }
     }
 }
@@ -183,7 +180,7 @@ pub(crate) fn quoted(text: &str) -> String {
             '\t' => out.push_str("\\t"),
             control if control.is_control() => {
                 let code = u32::from(control);
-                if code < 0x80 { out.push_str(&format!("\\x{code:02x}")) } else { out.push_str(&format!("\\u{code:04x}")) }
+                out.extend([if code < 0x80 { format!("\\x{code:02x}") } else { format!("\\u{code:04x}") }]);
             }
             other => out.push(other),
         }
@@ -232,11 +229,10 @@ impl Status {
             "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
             "message": self.message, "reason": self.reason, "code": self.code,
         });
-        if self.reason.is_empty() {
-            if let Some(map) = value.as_object_mut() {
+        if self.reason.is_empty()
+            && let Some(map) = value.as_object_mut() {
                 map.remove("reason");
             }
-        }
         if let Some(details) = &self.details {
             value["details"] = details.clone();
         }
@@ -361,12 +357,12 @@ impl Status {
         } else {
             format!("in the namespace {}", quoted(namespace))
         };
-        message.push_str(&format!(
+        message.extend([format!(
             "User {} cannot {verb} resource {} in API group {} {scope}",
             quoted(user),
             quoted(resource),
             quoted(group)
-        ));
+        )]);
         let mut details = Map::new();
         if !name.is_empty() {
             details.insert("name".into(), name.into());
@@ -395,13 +391,6 @@ impl Status {
     #[must_use]
     pub(crate) fn no_route() -> Self {
         Self { details: Some(json!({})), ..Self::plain(404, "NotFound", "the server could not find the requested resource") }
-    }
-
-    /// 405: the resource doesn't have this verb.
-    #[must_use]
-    pub(crate) fn method_not_allowed(resource: &Resource, verb: &str) -> Self {
-        let message = format!("{verb} is not supported on resources of kind {}", quoted(&resource.qualified()));
-        Self::about(405, "MethodNotAllowed", message, resource, "")
     }
 
     /// 405 for a method on a path that has others.
@@ -436,12 +425,6 @@ impl Status {
         Self { details: Some(json!({})), ..Self::plain(413, "RequestEntityTooLarge", message) }
     }
 
-    /// 410: the revision asked for is gone.
-    #[must_use]
-    pub(crate) fn gone(message: impl Into<String>) -> Self {
-        Self::plain(410, "Gone", message)
-    }
-
     /// 410: the revision or continue token is too old.
     #[must_use]
     pub(crate) fn expired(message: impl Into<String>) -> Self {
@@ -459,26 +442,10 @@ impl Status {
         }
     }
 
-    /// 429.
-    #[must_use]
-    pub(crate) fn too_many(message: impl Into<String>, retry_after: u32) -> Self {
-        Self {
-            retry_after: Some(retry_after),
-            details: Some(json!({})),
-            ..Self::plain(429, "TooManyRequests", message)
-        }
-    }
-
     /// 504.
     #[must_use]
     pub(crate) fn timeout(message: impl Into<String>) -> Self {
         Self::plain(504, "Timeout", message)
-    }
-
-    /// 503.
-    #[must_use]
-    pub(crate) fn service_unavailable(message: impl Into<String>) -> Self {
-        Self::plain(503, "ServiceUnavailable", message)
     }
 
     /// 422 without a word about why: what the real server says when a JSON patch doesn't apply.
@@ -488,15 +455,5 @@ impl Status {
             details: Some(json!({})),
             ..Self::plain(422, "Invalid", "the server rejected our request due to an error in our request")
         }
-    }
-
-    /// The causes, for tests and for `join`ing.
-    #[must_use]
-    pub(crate) fn causes(&self) -> &[Value] {
-        self.details
-            .as_ref()
-            .and_then(|details| details.get("causes"))
-            .and_then(Value::as_array)
-            .map_or(&[], Vec::as_slice)
     }
 }

@@ -8,7 +8,6 @@ mod rows;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-pub(crate) use self::age::human_duration;
 use crate::kinds::Resource;
 use crate::status::{Cause, Status};
 
@@ -63,7 +62,9 @@ pub(crate) fn render(
         })
         .collect();
     let definitions: Value = if headers { columns.iter().map(columns::Column::definition).collect() } else { Value::Null };
-    json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": list_metadata, "columnDefinitions": definitions, "rows": rows})
+    let mut table = json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": definitions, "rows": rows});
+    table["metadata"] = list_metadata;
+    table
 }
 
 /// An object's metadata alone.

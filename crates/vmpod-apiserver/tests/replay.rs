@@ -7,6 +7,8 @@
 //! Where we knowingly answer differently, `replay/known.rs` says where and why; an entry there that no
 //! longer holds fails the test too. `docs/api.md` mirrors that table.
 
+#![expect(clippy::unwrap_used, reason = "a test may unwrap")]
+
 #[path = "replay/known.rs"]
 mod known;
 #[path = "replay/volatile.rs"]
@@ -168,7 +170,7 @@ async fn every_recorded_exchange() {
             let request = &exchange.request;
             let mut text = format!("{} {} {} {}\n", exchange.id, request["method"], request["path"], request["body"]);
             for one in &differences {
-                text.push_str(&format!("  at {}\n    recorded {}\n    ours     {}\n", one.path, one.recorded, one.ours));
+                text.extend([format!("  at {}\n    recorded {}\n    ours     {}\n", one.path, one.recorded, one.ours)]);
             }
             failures.push(text);
         }

@@ -300,9 +300,7 @@ fn condition(kind: &str, good: bool, reason: &str, message: &str, old: &Value, n
     let status = if good { "True" } else { "False" };
     let before = items(old, &["status", "conditions"]).iter().find(|one| text(one, &["type"]) == kind);
     let since = before
-        .filter(|one| text(one, &["status"]) == status)
-        .map(|one| one["lastTransitionTime"].clone())
-        .unwrap_or_else(|| rfc3339(now).into());
+        .filter(|one| text(one, &["status"]) == status).map_or_else(|| rfc3339(now).into(), |one| one["lastTransitionTime"].clone());
     json!({"type": kind, "status": status, "lastTransitionTime": since, "reason": reason, "message": message})
 }
 

@@ -33,11 +33,10 @@ fn below(schema: &Value) -> Vec<&Value> {
 /// Compiles the patterns of a schema; those that don't compile are left out (definitions are checked for them).
 pub(super) fn patterns(schema: &Value, out: &mut HashMap<String, Regex>) {
     let pattern = text(schema, &["pattern"]);
-    if !pattern.is_empty() && !out.contains_key(pattern) {
-        if let Ok(compiled) = Regex::new(pattern) {
+    if !pattern.is_empty() && !out.contains_key(pattern)
+        && let Ok(compiled) = Regex::new(pattern) {
             out.insert(pattern.to_owned(), compiled);
         }
-    }
     for inner in below(schema) {
         patterns(inner, out);
     }
@@ -143,17 +142,14 @@ fn node_type(schema: &Value) -> Type {
     let properties = schema.get("properties").and_then(Value::as_object);
     match text(schema, &["type"]) {
         "object" if properties.is_none() && on(schema, PRESERVE) && !atomic && !on(schema, EMBEDDED) => Type::Any,
-        "object" => match schema.get("additionalProperties").filter(|inner| inner.is_object()) {
-            Some(inner) => Type::Map(Arc::new(MapType { value: node_type(inner), atomic })),
-            None => {
-                let fields: BTreeMap<String, Field> = properties
-                    .into_iter()
-                    .flatten()
-                    .map(|(name, inner)| (name.clone(), Field::optional(node_type(inner))))
-                    .collect();
-                let inner = Struct { name: String::new(), fields, atomic, open: on(schema, PRESERVE) || properties.is_none() };
-                if on(schema, EMBEDDED) { with_object_fields(inner) } else { Type::Struct(Arc::new(inner)) }
-            }
+        "object" => if let Some(inner) = schema.get("additionalProperties").filter(|inner| inner.is_object()) { Type::Map(Arc::new(MapType { value: node_type(inner), atomic })) } else {
+            let fields: BTreeMap<String, Field> = properties
+                .into_iter()
+                .flatten()
+                .map(|(name, inner)| (name.clone(), Field::optional(node_type(inner))))
+                .collect();
+            let inner = Struct { name: String::new(), fields, atomic, open: on(schema, PRESERVE) || properties.is_none() };
+            if on(schema, EMBEDDED) { with_object_fields(inner) } else { Type::Struct(Arc::new(inner)) }
         },
         "array" => {
             let relation = match text(schema, &["x-kubernetes-list-type"]) {

@@ -62,17 +62,15 @@ pub(super) fn schema(
         Value::String(text) => string(schema, text, path, patterns, out),
         Value::Number(_) => number(schema, value, path, out),
         Value::Array(list) => {
-            if let Some(max) = schema.get("maxItems").and_then(Value::as_u64).and_then(|max| usize::try_from(max).ok()) {
-                if list.len() > max {
+            if let Some(max) = schema.get("maxItems").and_then(Value::as_u64).and_then(|max| usize::try_from(max).ok())
+                && list.len() > max {
                     out.push(Cause::too_many(field, list.len(), max));
                 }
-            }
-            if let Some(min) = schema.get("minItems").and_then(Value::as_u64) {
-                if (list.len() as u64) < min {
+            if let Some(min) = schema.get("minItems").and_then(Value::as_u64)
+                && (list.len() as u64) < min {
                     let why = format!("{path} in body should have at least {min} items");
                     out.push(Cause::invalid(field, &list.len().into(), &why));
                 }
-            }
             if let Some(inner) = schema.get("items").filter(|inner| inner.is_object()) {
                 for (index, one) in list.iter().enumerate() {
                     self::schema(inner, one, &format!("{path}[{index}]"), false, patterns, out);

@@ -47,11 +47,10 @@ fn pod(resource: &Resource, value: &mut Value, context: &Context<'_>) -> Result<
                 if items(value, &["spec", "imagePullSecrets"]).is_empty() {
                     value["spec"]["imagePullSecrets"] = json!([]);
                 }
-                if let Some(list) = value["spec"]["imagePullSecrets"].as_array_mut() {
-                    if !list.contains(secret) {
+                if let Some(list) = value["spec"]["imagePullSecrets"].as_array_mut()
+                    && !list.contains(secret) {
                         list.push(secret.clone());
                     }
-                }
             }
         }
         if wants_token(value, context.service_account) {
@@ -126,14 +125,13 @@ fn priority(resource: &Resource, pod: &mut Value) -> Result<(), Status> {
             return Err(Status::forbidden(resource, &name, &format!("no PriorityClass with name {other} was found")));
         }
     };
-    if let Some(given) = at(pod, &["spec", "priority"]).and_then(Value::as_i64) {
-        if given != value {
+    if let Some(given) = at(pod, &["spec", "priority"]).and_then(Value::as_i64)
+        && given != value {
             let why = format!(
                 "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name"
             );
             return Err(Status::forbidden(resource, &name, &why));
         }
-    }
     pod["spec"]["priority"] = value.into();
     if at(pod, &["spec", "preemptionPolicy"]).is_none() {
         pod["spec"]["preemptionPolicy"] = "PreemptLowerPriority".into();

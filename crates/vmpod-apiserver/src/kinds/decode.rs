@@ -53,7 +53,7 @@ pub(crate) enum Format {
 }
 
 /// The content types that [`Format::of`] takes.
-pub(crate) const BODY_TYPES: [&str; 2] = ["application/json", "application/yaml"];
+const BODY_TYPES: [&str; 2] = ["application/json", "application/yaml"];
 
 impl Format {
     /// The format a `Content-Type` names; JSON when there is none.
@@ -90,7 +90,7 @@ pub(crate) fn decode(resource: &Resource, body: &[u8], format: Format, validatio
             resource.kind
         ))
     })?;
-    conform(resource, value, duplicates, validation)
+    conform(resource, value, &duplicates, validation)
 }
 
 /// Parses a body that has no kind of its own to hold it against, such as a patch.
@@ -130,7 +130,7 @@ pub(crate) fn decode_options(body: &[u8], format: Format) -> Result<Value, Statu
 pub(crate) fn conform(
     resource: &Resource,
     mut value: Value,
-    duplicates: Vec<String>,
+    duplicates: &[String],
     validation: FieldValidation,
 ) -> Result<Decoded, Status> {
     let Some(object) = value.as_object_mut() else {
@@ -460,8 +460,7 @@ pub(crate) fn rfc3339(instant: Timestamp) -> String {
 }
 
 /// `metav1.MicroTime` on the wire.
-#[must_use]
-pub(crate) fn rfc3339_micro(instant: Timestamp) -> String {
+fn rfc3339_micro(instant: Timestamp) -> String {
     instant.strftime("%Y-%m-%dT%H:%M:%S.%6fZ").to_string()
 }
 

@@ -17,11 +17,10 @@ pub(crate) fn default(resource: &Resource, value: &mut Value) {
         "core.Node" => node(value),
         "core.Secret" => secret(value),
         "apiext.CustomResourceDefinition" => crate::crd::default_definition(value),
-        "certificates.CertificateSigningRequest" => {
-            if items(value, &["spec", "usages"]).is_empty() {
+        "certificates.CertificateSigningRequest"
+            if items(value, &["spec", "usages"]).is_empty() => {
                 value["spec"]["usages"] = json!(["digital signature", "key encipherment"]);
             }
-        }
         "authentication.TokenRequest" => set(value.get_mut("spec"), "expirationSeconds", &3600.into()),
         _ => {}
     }

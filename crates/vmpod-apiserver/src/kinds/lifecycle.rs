@@ -312,10 +312,7 @@ fn keep_other_parts(resource: &Resource, subresource: Option<&str>, old: &Value,
             keep(new, "spec");
             if resource.is("core.Pod") {
                 keep_meta(new, &["ownerReferences", "deletionTimestamp"]);
-                match at(old, &["status", "qosClass"]) {
-                    Some(class) => new["status"]["qosClass"] = class.clone(),
-                    None => {}
-                }
+                if let Some(class) = at(old, &["status", "qosClass"]) { new["status"]["qosClass"] = class.clone() }
             }
             if resource.is("apiext.CustomResourceDefinition") || resource.is("certificates.CertificateSigningRequest") {
                 keep_meta(new, &["labels", "annotations", "ownerReferences", "finalizers"]);

@@ -12,7 +12,7 @@ fn regex_error(message: &str, format: &str, examples: &[&str]) -> String {
     let mut shown = String::new();
     for (index, example) in examples.iter().enumerate() {
         shown.push_str(if index == 0 { "" } else { " or " });
-        shown.push_str(&format!("'{example}', "));
+        shown.extend(["'", example, "', "]);
     }
     format!("{message} (e.g. {shown}regex used for validation is '{format}')")
 }
@@ -32,7 +32,7 @@ pub(crate) fn dns_label(text: &str) -> Vec<String> {
     let mut wrong = Vec::new();
     if text.len() > 63 {
         wrong.push("must be no more than 63 bytes".to_owned());
-    } 
+    }
     if !is_label(text) {
         wrong.push(regex_error(
             "a lowercase RFC 1123 label must consist of lower case alphanumeric characters or '-', and must start and end with an alphanumeric character",

@@ -38,11 +38,10 @@ pub(super) fn validate_spec(spec: &Value, causes: &mut Vec<Cause>) {
     };
     named("serviceAccountName", dns_subdomain, causes);
     named("nodeName", dns_subdomain, causes);
-    if let Some(seconds) = at(spec, &["activeDeadlineSeconds"]) {
-        if !seconds.as_i64().is_some_and(|seconds| (1..=i64::from(i32::MAX)).contains(&seconds)) {
+    if let Some(seconds) = at(spec, &["activeDeadlineSeconds"])
+        && !seconds.as_i64().is_some_and(|seconds| (1..=i64::from(i32::MAX)).contains(&seconds)) {
             causes.push(Cause::invalid("spec.activeDeadlineSeconds", seconds, "must be between 1 and 2147483647, inclusive"));
         }
-    }
     named("hostname", dns_label, causes);
     named("subdomain", dns_label, causes);
     tolerations(items(spec, &["tolerations"]), causes);
@@ -391,11 +390,10 @@ fn handler(handler: &Value, field: &str, kinds: &[&str], causes: &mut Vec<Cause>
             }
         }
     }
-    if let Some(exec) = at(handler, &["exec"]) {
-        if items(exec, &["command"]).is_empty() {
+    if let Some(exec) = at(handler, &["exec"])
+        && items(exec, &["command"]).is_empty() {
             causes.push(Cause::required(format!("{field}.exec.command"), ""));
         }
-    }
     for kind in ["httpGet", "tcpSocket", "grpc"] {
         let Some(action) = at(handler, &[kind]) else { continue };
         let field = format!("{field}.{kind}");

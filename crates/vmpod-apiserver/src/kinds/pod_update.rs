@@ -1,6 +1,6 @@
 //! What may change in a pod that exists, and the quality-of-service class of one.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{at, items, pod, text};
 use crate::quantity::Quantity;
@@ -202,6 +202,8 @@ pub(super) fn qos_class(pod: &Value) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

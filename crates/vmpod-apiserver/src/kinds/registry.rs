@@ -33,7 +33,7 @@ impl Registry {
     /// The kinds built in and those of these definitions, as far as they are established and served.
     #[must_use]
     pub(crate) fn with_crds(&self, definitions: &[&Value]) -> Self {
-        let mut resources = BUILTIN.clone();
+        let mut resources: Vec<_> = self.resources.iter().filter(|one| !one.is_custom()).cloned().collect();
         for definition in definitions {
             resources.extend(crd::resources(definition).into_iter().map(Arc::new));
         }
@@ -90,7 +90,9 @@ impl Registry {
     /// `GET /api`.
     #[must_use]
     pub(crate) fn discovery_api_versions(&self, server: &str) -> Value {
-        json!({"kind": "APIVersions", "versions": ["v1"],
+        let groups = self.group_versions();
+        let versions = groups.iter().find(|(group, _)| group.is_empty()).map(|(_, versions)| versions);
+        json!({"kind": "APIVersions", "versions": versions,
             "serverAddressByClientCIDRs": [{"clientCIDR": "0.0.0.0/0", "serverAddress": server}]})
     }
 
@@ -276,7 +278,7 @@ const PLAIN: Row = Row {
 
 const CREATE: Row = Row { verbs: &["create"], ..PLAIN };
 
-const ROWS: [Row; 17] = [
+const ROWS: [Row; 18] = [
     Row { ty: "core.Binding", plural: "bindings", ..CREATE },
     Row { ty: "core.ConfigMap", plural: "configmaps", short: &["cm"], ..PLAIN },
     Row { ty: "core.Event", plural: "events", short: &["ev"], ..PLAIN },
@@ -348,6 +350,8 @@ const ROWS: [Row; 17] = [
         subresources: &[("approval", "", &READ_WRITE), ("status", "", &READ_WRITE)],
         ..PLAIN
     },
+    // Another view of the core group's events.
+    Row { group: "events.k8s.io", ty: "events.Event", plural: "events", short: &["ev"], ..PLAIN },
 ];
 
 /// Kinds that are only the body of a subresource.

@@ -64,10 +64,10 @@ pub(super) fn validate_update(
 }
 
 fn immutable_data(new: &Value, old: &Value, keys: &[&str], causes: &mut Vec<Cause>) {
+    const WHY: &str = "field is immutable when `immutable` is set";
     if old.get("immutable") != Some(&Value::Bool(true)) {
         return;
     }
-    const WHY: &str = "field is immutable when `immutable` is set";
     if new.get("immutable") != Some(&Value::Bool(true)) {
         causes.push(Cause::forbidden("immutable", WHY));
     }
@@ -122,22 +122,20 @@ fn secret(value: &Value, causes: &mut Vec<Cause>) {
             require(".dockercfg");
             json_secret(value, ".dockercfg", causes);
         }
-        "kubernetes.io/basic-auth" => {
-            if !has("username") && !has("password") {
+        "kubernetes.io/basic-auth"
+            if !has("username") && !has("password") => {
                 causes.push(Cause::required("data[username]", ""));
                 causes.push(Cause::required("data[password]", ""));
             }
-        }
         "kubernetes.io/ssh-auth" => require("ssh-privatekey"),
         "kubernetes.io/tls" => {
             require("tls.crt");
             require("tls.key");
         }
-        "kubernetes.io/service-account-token" => {
-            if text(value, &["metadata", "annotations", "kubernetes.io/service-account.name"]).is_empty() {
+        "kubernetes.io/service-account-token"
+            if text(value, &["metadata", "annotations", "kubernetes.io/service-account.name"]).is_empty() => {
                 causes.push(Cause::required("metadata.annotations[kubernetes.io/service-account.name]", ""));
             }
-        }
         _ => {}
     }
 }

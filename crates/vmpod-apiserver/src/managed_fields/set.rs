@@ -144,11 +144,10 @@ impl Set {
         let mut map = Map::new();
         for (element, node) in &self.0 {
             let mut below = node.below.to_value();
-            if node.member && !node.below.is_empty() {
-                if let Some(object) = below.as_object_mut() {
+            if node.member && !node.below.is_empty()
+                && let Some(object) = below.as_object_mut() {
                     object.insert(".".into(), Value::Object(Map::new()));
                 }
-            }
             map.insert(element.clone(), below);
         }
         Value::Object(map)
@@ -221,12 +220,12 @@ pub(crate) fn shown(path: &[String]) -> String {
                 out.push('.');
                 out.push_str(name);
             }
-            Some(("v", value)) => out.push_str(&format!("[={value}]")),
-            Some(("i", index)) => out.push_str(&format!("[{index}]")),
+            Some(("v", value)) => out.extend(["[=", value, "]"]),
+            Some(("i", index)) => out.extend(["[", index, "]"]),
             Some(("k", keys)) => {
                 let keys: BTreeMap<String, Value> = serde_json::from_str(keys).unwrap_or_default();
                 let parts: Vec<String> = keys.iter().map(|(key, value)| format!("{key}={value}")).collect();
-                out.push_str(&format!("[{}]", parts.join(",")));
+                out.extend(["[", &parts.join(","), "]"]);
             }
             _ => {}
         }

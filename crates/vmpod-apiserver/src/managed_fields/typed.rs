@@ -30,16 +30,11 @@ static ANY: Type = Type::Any;
 
 fn shape<'a>(ty: &'a Type, value: &Value) -> Shape<'a> {
     match ty {
-        Type::Scalar(_) => Shape::Leaf,
-        Type::List(list) if list.relation == Relation::Atomic => Shape::Leaf,
-        Type::List(list) => Shape::List(&list.item, &list.relation),
-        Type::Map(map) if map.atomic => Shape::Leaf,
-        Type::Map(_) => Shape::Fields,
-        Type::Named(_) | Type::Struct(_) => {
-            if ty.as_struct().is_some_and(|inner| inner.atomic) { Shape::Leaf } else { Shape::Fields }
-        }
+        Type::List(list) if list.relation != Relation::Atomic => Shape::List(&list.item, &list.relation),
+        Type::Map(map) if !map.atomic => Shape::Fields,
+        Type::Named(_) | Type::Struct(_) if ty.as_struct().is_some_and(|inner| !inner.atomic) => Shape::Fields,
         Type::Any if value.is_object() => Shape::Fields,
-        Type::Any => Shape::Leaf,
+        _ => Shape::Leaf,
     }
 }
 

@@ -65,7 +65,7 @@ fn merge_map(ty: &Type, mut original: Map<String, Value>, mut patch: Map<String,
                 }
             }
             (Some(Value::Array(before)), Value::Array(after)) if rule.merge => {
-                Some(Value::Array(merge_list(&item_type(ty, &key), rule.key.as_deref(), before, after)?))
+                Some(Value::Array(merge_list(&item_type(ty, &key), rule.key.as_deref(), &before, after)?))
             }
             (_, after) => clean(after),
         };
@@ -119,7 +119,7 @@ fn ordered_lists(ty: &Type, original: &mut Map<String, Value>, patch: &mut Map<S
         let mut merged = match (before.clone(), given) {
             (Some(before), None) => before,
             (None, Some(given)) => given.into_iter().filter_map(clean).collect(),
-            (Some(before), Some(given)) if rule.merge => merge_list(&item_type(ty, field), rule.key.as_deref(), before, given)?,
+            (Some(before), Some(given)) if rule.merge => merge_list(&item_type(ty, field), rule.key.as_deref(), &before, given)?,
             (Some(_), Some(given)) => given,
             (None, None) => continue,
         };
@@ -157,22 +157,22 @@ fn same(a: &Value, b: &Value, key: Option<&str>) -> bool {
     }
 }
 
-fn merge_list(item: &Type, key: Option<&str>, before: Vec<Value>, patch: Vec<Value>) -> Result<Vec<Value>, String> {
+fn merge_list(item: &Type, key: Option<&str>, before: &[Value], patch: Vec<Value>) -> Result<Vec<Value>, String> {
     let maps = before.iter().chain(&patch).any(Value::is_object);
     let Some(key) = key.filter(|_| maps) else {
         if maps {
             return Err("a list of maps is merged by a key, and this one has none".to_owned());
         }
-        let mut merged = before.clone();
+        let mut merged = before.to_vec();
         for value in &patch {
             if !merged.contains(value) {
                 merged.push(value.clone());
             }
         }
         merged.dedup();
-        return Ok(in_order(merged, &patch, &before, None));
+        return Ok(in_order(merged, &patch, before, None));
     };
-    let mut original = before.clone();
+    let mut original = before.to_vec();
     let (mut plain, mut replace) = (Vec::new(), false);
     for one in patch {
         let Some(directive) = one.get(PATCH).cloned() else {
@@ -210,7 +210,7 @@ fn merge_list(item: &Type, key: Option<&str>, before: Vec<Value>, patch: Vec<Val
             None => merged.extend(clean(one.clone())),
         }
     }
-    Ok(in_order(merged, &plain, &before, Some(key)))
+    Ok(in_order(merged, &plain, before, Some(key)))
 }
 
 /// Items that the patch names in the patch's order, the others where the server had them, as well as both can be.

@@ -12,7 +12,7 @@ pub(super) fn since(time: &str, now: Timestamp) -> String {
 
 /// Seconds in at most two units, rounded towards the past: the way of `kubectl`.
 #[must_use]
-pub(crate) fn human_duration(seconds: i64) -> String {
+pub(super) fn human_duration(seconds: i64) -> String {
     const MINUTE: i64 = 60;
     const HOUR: i64 = 60 * MINUTE;
     const DAY: i64 = 24 * HOUR;

@@ -1,4 +1,4 @@
-//! The little of JSONPath that printer columns use: `.a.b`, `['k']`, `[0]`, `[*]` and `[?(@.type=="Ready")]`.
+//! The little of `JSONPath` that printer columns use: `.a.b`, `['k']`, `[0]`, `[*]` and `[?(@.type=="Ready")]`.
 
 use serde_json::Value;
 
@@ -51,7 +51,6 @@ fn closing(text: &str) -> Option<usize> {
     for (at, letter) in text.char_indices() {
         match (quote, letter) {
             (Some(open), _) if open == letter => quote = None,
-            (Some(_), _) => {}
             (None, '\'' | '"') => quote = Some(letter),
             (None, '[') => depth += 1,
             (None, ']') if depth == 0 => return Some(at),

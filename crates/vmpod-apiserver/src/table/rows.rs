@@ -107,7 +107,7 @@ fn summary(pod: &Value) -> Summary {
         .iter()
         .any(|one| one["type"] == "PodScheduled" && one["reason"] == "SchedulingGated");
     if gated {
-        out.reason = "SchedulingGated".to_owned();
+        out.reason = String::from("SchedulingGated");
     }
     let (initializing, sidecar_restarts) = init_containers(pod, &mut out);
     if !initializing || condition(pod, "Initialized") {
@@ -117,9 +117,9 @@ fn summary(pod: &Value) -> Summary {
     }
     if at(pod, &["metadata", "deletionTimestamp"]).is_some() {
         if text(pod, &["status", "reason"]) == "NodeLost" {
-            out.reason = "Unknown".to_owned();
+            out.reason = String::from("Unknown");
         } else if !matches!(phase, "Succeeded" | "Failed") {
-            out.reason = "Terminating".to_owned();
+            out.reason = String::from("Terminating");
         }
     }
     out
@@ -163,7 +163,7 @@ fn main_containers(pod: &Value, out: &mut Summary) {
         out.last_restart = out.last_restart.max(restarted_at(status));
         let waiting = text(status, &["state", "waiting", "reason"]);
         if !waiting.is_empty() {
-            out.reason = waiting.to_owned();
+            out.reason = waiting.into();
         } else if let Some(ended) = at(status, &["state", "terminated"]) {
             out.reason = exit_reason(ended);
         } else if status["ready"] == true && at(status, &["state", "running"]).is_some() {
@@ -172,7 +172,7 @@ fn main_containers(pod: &Value, out: &mut Summary) {
         }
     }
     if out.reason == "Completed" && running {
-        out.reason = if condition(pod, "Ready") { "Running" } else { "NotReady" }.to_owned();
+        out.reason = if condition(pod, "Ready") { "Running" } else { "NotReady" }.into();
     }
 }
 
@@ -240,7 +240,7 @@ fn node(object: &Value, name: &str, age: &str) -> Vec<Value> {
         kernel.push_str("<unknown>");
     }
     if !architecture.is_empty() {
-        kernel.push_str(&format!(" ({architecture})"));
+        kernel.extend([" (", architecture, ")"]);
     }
     vec![
         name.into(),

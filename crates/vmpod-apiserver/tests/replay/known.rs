@@ -3,17 +3,17 @@
 use serde_json::Value;
 
 /// A difference that is meant.
-pub struct Known {
+pub(crate) struct Known {
     /// `FILE/INDEX` of the exchange.
-    pub exchange: &'static str,
+    pub(crate) exchange: &'static str,
     /// The start of the paths in the answer that may differ.
-    pub path: &'static str,
+    pub(crate) path: &'static str,
     /// Why.
-    pub reason: &'static str,
+    pub(crate) reason: &'static str,
 }
 
 /// The differences that are meant.
-pub const KNOWN: &[Known] = &[
+pub(crate) const KNOWN: &[Known] = &[
     Known {
         exchange: "01-discovery/10",
         path: "/contentType",
@@ -42,12 +42,12 @@ pub const KNOWN: &[Known] = &[
 ];
 
 /// The entry that covers a difference.
-pub fn find(exchange: &str, path: &str) -> Option<usize> {
+pub(crate) fn find(exchange: &str, path: &str) -> Option<usize> {
     KNOWN.iter().position(|one| one.exchange == exchange && path.starts_with(one.path))
 }
 
 /// The recorded answer, narrowed to the kinds served here: discovery must list those as recorded, and none else.
-pub fn served_here(exchange: &str, recorded: &Value, ours: &Value) -> Value {
+pub(crate) fn served_here(exchange: &str, recorded: &Value, ours: &Value) -> Value {
     let mut out = recorded.clone();
     if !exchange.starts_with("01-discovery") {
         return out;

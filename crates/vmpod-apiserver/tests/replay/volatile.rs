@@ -11,7 +11,7 @@ const TOKEN: &str = "REDACTED-JWT";
 
 /// Which value of ours stands for which recorded one.
 #[derive(Clone, Debug, Default)]
-pub struct Names {
+pub(crate) struct Names {
     uids: BTreeMap<String, String>,
     revisions: BTreeMap<u64, u64>,
     suffixes: BTreeMap<String, String>,
@@ -21,7 +21,7 @@ pub struct Names {
 
 impl Names {
     /// Whether two values at a path agree though they may not be equal. Learns new pairs.
-    pub fn agree(&mut self, path: &str, recorded: &Value, ours: &Value) -> bool {
+    pub(crate) fn agree(&mut self, path: &str, recorded: &Value, ours: &Value) -> bool {
         let key = path.rsplit('/').next().unwrap_or_default();
         if let (Some(recorded), Some(ours)) = (recorded.as_u64(), ours.as_u64()) {
             // How many objects a page left out depends on how many the control plane made.
@@ -56,25 +56,21 @@ impl Names {
     }
 
     fn uid(&mut self, recorded: &str, ours: &str) -> bool {
-        match self.uids.get(recorded) {
-            Some(known) => known == ours,
-            None => {
-                let fresh = ours.len() == 36 && !self.uids.values().any(|one| one == ours);
-                self.uids.insert(recorded.to_owned(), ours.to_owned());
-                fresh || recorded == ours
-            }
+        if let Some(known) = self.uids.get(recorded) {
+            return known == ours;
         }
+        let fresh = ours.len() == 36 && !self.uids.values().any(|one| one == ours);
+        self.uids.insert(recorded.to_owned(), ours.to_owned());
+        fresh || recorded == ours
     }
 
     fn revision(&mut self, recorded: u64, ours: u64) -> bool {
-        match self.revisions.get(&recorded) {
-            Some(known) => *known == ours,
-            None => {
-                let below = self.revisions.range(..recorded).next_back().is_none_or(|(_, one)| *one <= ours);
-                self.revisions.insert(recorded, ours);
-                below && ours > 0
-            }
+        if let Some(known) = self.revisions.get(&recorded) {
+            return *known == ours;
         }
+        let below = self.revisions.range(..recorded).next_back().is_none_or(|(_, one)| *one <= ours);
+        self.revisions.insert(recorded, ours);
+        below && ours > 0
     }
 
     fn text(&mut self, path: &str, recorded: &str, ours: &str) -> bool {
@@ -93,7 +89,7 @@ impl Names {
     }
 
     /// A recorded text with every recorded name in it replaced by ours.
-    pub fn replaced(&self, text: &str) -> String {
+    pub(crate) fn replaced(&self, text: &str) -> String {
         let mut out = text.to_owned();
         for (recorded, ours) in self.uids.iter().chain(&self.suffixes) {
             out = out.replace(recorded, ours);
@@ -105,8 +101,9 @@ impl Names {
     }
 
     /// A recorded request path, to be asked here.
-    pub fn translate_path(&self, path: &str) -> String {
-        let mut out = self.replaced(path);
+    pub(crate) fn translate_path(&self, path: &str) -> String {
+        // Nothing happens while a recorded watch is open: a second is as good as two.
+        let mut out = self.replaced(path).replace("timeoutSeconds=2", "timeoutSeconds=1");
         if let Some((recorded, ours)) = &self.continue_token {
             out = out.replace(&format!("continue={recorded}"), &format!("continue={ours}"));
         }
@@ -120,7 +117,7 @@ impl Names {
     }
 
     /// A recorded request body, to be sent here.
-    pub fn translate(&self, body: &Value) -> Value {
+    pub(crate) fn translate(&self, body: &Value) -> Value {
         match body {
             Value::String(text) => self.replaced(text).into(),
             Value::Array(list) => list.iter().map(|one| self.translate(one)).collect(),
@@ -160,7 +157,7 @@ fn random_end(text: &str) -> Option<&str> {
 /// It was made on a distribution that adds a second certificate bundle to every namespace and pod, and with
 /// control plane processes that are clients of their own: we have no such processes, and what our controllers
 /// write has no field manager.
-pub fn drop_foreign_parts(value: &mut Value) {
+pub(crate) fn drop_foreign_parts(value: &mut Value) {
     const VENDOR: &str = "openshift-service-ca.crt";
     const PROCESSES: [&str; 3] = ["kapi", "kcm", "ksched"];
     let is_vendor = |one: &Value| {
@@ -183,7 +180,7 @@ pub fn drop_foreign_parts(value: &mut Value) {
 }
 
 /// Requests that must have been made between two recorded ones, for what follows is only so after them.
-pub fn unrecorded() -> Vec<(&'static str, Value)> {
+pub(crate) fn unrecorded() -> Vec<(&'static str, Value)> {
     let merge = json!({"Content-Type": "application/merge-patch+json"});
     let maps = "/api/v1/namespaces/t/configmaps";
     vec![
