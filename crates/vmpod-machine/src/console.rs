@@ -1,7 +1,7 @@
 //! The guest's serial console, as a file that only grows.
 //!
 //! The hypervisor appends to `console.log` for as long as the machine runs, whether an agent is there or not. To bound
-//! it, its *head* is given back to the file system ([`trim`]) and everything else stays where it is: offsets keep their
+//! it, its *head* is given back to the file system and everything else stays where it is: offsets keep their
 //! meaning, the hypervisor needs no signal to reopen a file, and no byte is lost between two files, as it would be when
 //! a log is rotated or copied and truncated. Readers skip the hole.
 
