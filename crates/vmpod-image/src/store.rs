@@ -5,6 +5,7 @@
 //! DIR/images/HEX/           one directory per image, HEX the digest of its manifest:
 //!     manifest.json config.json     the bytes whose digests name them
 //!     image.json windows.json       what they mean: the record, and the digest of each range of data
+//!     seal.json used                how the files looked when they were verified; when the image was last cloned
 //!     disk-0.raw … kernel initrd    the data: disks whole, sparse, read-only
 //! DIR/names/*               one file per name: {"reference", "digest"}
 //! DIR/pins/*                one file per holder and image: {"holder", "image"}
@@ -42,6 +43,7 @@ use crate::reference::Reference;
 pub(crate) mod files;
 mod prune;
 pub(crate) mod record;
+mod seal;
 mod verify;
 pub(crate) mod work;
 
@@ -98,6 +100,14 @@ pub enum StoreError {
     /// The image went away between looking and using.
     #[error("image {0} isn't in the store any more")]
     NoImage(Digest),
+    /// Something changed a file of the image after it was verified.
+    #[error("image {image} is corrupt: {damage} aren't what was verified; remove the image and get it again")]
+    Corrupt {
+        /// The image.
+        image: Digest,
+        /// The first part that differs.
+        damage: Damage,
+    },
     /// A disk of a clone would be too large for its format, or not a whole number of sectors.
     #[error("a disk of {size} bytes can't be made: it must be a multiple of 512 and at most {most}")]
     DiskSize {
@@ -237,19 +247,26 @@ impl Store {
         disk_size: Option<u64>,
         holder: &str,
     ) -> Result<ClonedImage, StoreError> {
-        {
+        let pin = Holder { name: holder.to_owned(), image: image.digest };
+        let path = self.pin_path(&pin);
+        let (record, fresh) = {
             let _lock = self.lock()?;
-            if self.record(image.digest)?.is_none() {
-                return Err(StoreError::NoImage(image.digest));
-            }
-            let pin = Holder { name: holder.to_owned(), image: image.digest };
-            let path = self.pin_path(&pin);
-            if !path.exists() {
+            let record = self.record(image.digest)?.ok_or(StoreError::NoImage(image.digest))?;
+            let fresh = !path.exists();
+            if fresh {
                 write_json(&path, &pin)?;
             }
+            (record, fresh)
+        };
+        let cloned = self.check_seal(image, &record).and_then(|()| {
+            prune::mark_used(&self.image_dir(image.digest));
+            crate::clone::make(self, image, into, disk_size)
+        });
+        if cloned.is_err() && fresh {
+            // What wasn't cloned needn't be held. Should this fail, too, the holder still can let go.
+            drop(files::remove_file(&path));
         }
-        prune::mark_used(&self.image_dir(image.digest));
-        crate::clone::make(self, image, into, disk_size)
+        cloned
     }
 
     /// Drops everything that `holder` holds; nothing to do is no error. Delete the clone's files first.

@@ -85,7 +85,7 @@ async fn agoda() {
     assert_eq!(image.config.macos.clone().unwrap().machine_identifier, "bWFjaGluZQ==");
     assert_eq!(world.file(&image, "nvram").len(), 1500);
     let names: Vec<_> = std::fs::read_dir(world.store.dir().join("images").join(image.digest.hex())).unwrap().collect();
-    assert_eq!(names.len(), 7, "titles are never paths: {names:?}");
+    assert_eq!(names.len(), 8, "titles are never paths: {names:?}");
     world.check("agoda-raw", "head").await;
 }
 

@@ -51,9 +51,40 @@ async fn damage_is_found_where_it_is() {
         found,
         ["disk-0.raw: 8388608 bytes at 4194304", "disk-0.raw: 4194304 bytes at 12582912", "kernel: 10000 bytes at 0"]
     );
-    // What is damaged is neither exported nor pushed.
+    // What is damaged is neither cloned, exported nor pushed.
+    let error = store.clone_image(&image, &dir.path().join("m"), None, "h").unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "image {} is corrupt: disk-0.raw: 8388608 bytes at 4194304 aren't what was verified; remove the image and get it again",
+            image.digest
+        )
+    );
     let error = export_oci_layout(&store, &image, &dir.path().join("out.oci"), &name("a")).await.unwrap_err();
     assert!(matches!(&error, ImportError::Native { .. }) && format!("{error:?}").contains("Damaged"), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_file_that_was_replaced_is_verified_before_it_is_used() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("images")).unwrap();
+    let image = guest(&store, dir.path(), 7, "a").await;
+    let kernel = file(&store, &image, "kernel");
+    let mut bytes = std::fs::read(&kernel).unwrap();
+    let replace = |bytes: &[u8]| {
+        std::fs::write(dir.path().join("new"), bytes).unwrap();
+        std::fs::rename(dir.path().join("new"), &kernel).unwrap();
+        store.clone_image(&image, &dir.path().join("m"), None, "h")
+    };
+    replace(&bytes).unwrap();
+    bytes[5] ^= 1;
+    let error = replace(&bytes).unwrap_err();
+    assert!(error.to_string().contains(" is corrupt: kernel: 10000 bytes at 0"), "{error}");
+    store.release("h").unwrap();
+    replace(&bytes).unwrap_err();
+    assert_eq!(store.holders().unwrap(), [], "what wasn't cloned isn't held");
+    bytes[5] ^= 1;
+    replace(&bytes).unwrap();
 }
 
 #[tokio::test]

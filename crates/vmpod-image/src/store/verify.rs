@@ -52,7 +52,13 @@ impl Store {
         Ok(damage)
     }
 
-    fn check(&self, image: &Image, part: Part, windows: &[Window], holes: bool) -> Result<Vec<Damage>, StoreError> {
+    pub(super) fn check(
+        &self,
+        image: &Image,
+        part: Part,
+        windows: &[Window],
+        holes: bool,
+    ) -> Result<Vec<Damage>, StoreError> {
         let path = self.image_dir(image.digest).join(part.file_name());
         let file = File::open(&path).map_err(files::io("open", &path))?;
         let length = file.metadata().map_err(files::io("read", &path))?.len();

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::files::{self, Lock};
 use super::record::{Part, Record, Windows};
+use super::seal;
 use super::{Store, StoreError};
 use crate::digest::Digest;
 use crate::image::Image;
@@ -118,6 +119,7 @@ impl Work {
         files::write_whole(&self.dir.join("manifest.json"), finished.manifest)?;
         files::write_whole(&self.dir.join("config.json"), finished.config)?;
         finished.windows.write(&self.dir)?;
+        seal::seal(&self.dir, &finished.record)?;
         finished.record.write(&self.dir)?;
         let digest = finished.record.digest;
         let image = store.publish(&self.dir, digest, reference)?;
