@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result, ensure};
 use e2e::prerequisites::{program, scratch};
 use tokio::process::{Child, Command};
 use vmpod_image::{
-    Credentials, ImportOptions, PullError, PullOptions, PushOptions, Reference, Source, Store, export_oci_layout, import,
-    pull, push,
+    Credentials, ImportOptions, PullError, PullOptions, PushOptions, Reference, Source, Store, export_oci_layout,
+    import, pull, push,
 };
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -68,7 +68,10 @@ impl Registry {
             }
         };
         tokio::time::timeout(PATIENCE, listens).await.with_context(|| {
-            format!("the registry doesn't listen: {}", std::fs::read_to_string(registry.path("log")).unwrap_or_default())
+            format!(
+                "the registry doesn't listen: {}",
+                std::fs::read_to_string(registry.path("log")).unwrap_or_default()
+            )
         })?;
         Ok(registry)
     }
@@ -231,7 +234,9 @@ async fn a_damaged_blob_in_the_registry_is_named_and_never_shown() -> Result<()>
     let image = here.get(&local)?.context("just imported")?;
     export_oci_layout(&here, &image, &layout, &local).await?;
     let blob = std::fs::read_dir(layout.join("blobs/sha256"))?
-        .filter_map(|entry| Some((entry.as_ref().ok()?.metadata().ok()?.len(), entry.ok()?.file_name().into_string().ok()?)))
+        .filter_map(|entry| {
+            Some((entry.as_ref().ok()?.metadata().ok()?.len(), entry.ok()?.file_name().into_string().ok()?))
+        })
         .max()
         .context("the layout has blobs")?
         .1;
