@@ -10,7 +10,7 @@ use http_body_util::BodyExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace};
 use kube::api::{Api, ListParams, LogParams, PostParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
-use kube::{Client, Config, ResourceExt as _};
+use kube::{Client, Config, ResourceExt};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
@@ -75,7 +75,7 @@ async fn nonsense_is_refused_with_a_reason() {
         (format!("{MAPS}?resourceVersion=1&resourceVersionMatch=Sometimes"), 422),
         (format!("{MAPS}?labelSelector=a%20in%20("), 400),
         (format!("{MAPS}?fieldSelector=nonsense"), 400),
-        (format!("{MAPS}?labelSelector={}", "a,".repeat(100_000)), 400),
+        (format!("{MAPS}?labelSelector={}", "a,".repeat(20_000)), 400),
         ("/api/v1/%ff".into(), 400),
         ("/api/v1/namespaces/default/configmaps/a/b/c/d".into(), 404),
         ("/api/v1/unknown".into(), 404),
