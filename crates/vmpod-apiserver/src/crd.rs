@@ -40,13 +40,18 @@ struct Rules {
 
 impl fmt::Debug for CustomKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CustomKind").field("kind", &self.root.kind).field("status", &self.status).finish_non_exhaustive()
+        f.debug_struct("CustomKind")
+            .field("kind", &self.root.kind)
+            .field("status", &self.status)
+            .finish_non_exhaustive()
     }
 }
 
 impl CustomKind {
     fn new(definition: &Value, version: &Value) -> Self {
-        let schema = at(version, &["schema", "openAPIV3Schema"]).cloned().unwrap_or_else(|| serde_json::json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true}));
+        let schema = at(version, &["schema", "openAPIV3Schema"])
+            .cloned()
+            .unwrap_or_else(|| serde_json::json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true}));
         let mut patterns = HashMap::new();
         structural::patterns(&schema, &mut patterns);
         let group = text(definition, &["spec", "group"]);
@@ -123,7 +128,8 @@ impl CustomKind {
                 ));
             } else {
                 let rules = rules.lock().unwrap_or_else(PoisonError::into_inner);
-                let checked = rules.validator.validate_compiled_with_context(&rules.compiled, new, old, Some(&self.root));
+                let checked =
+                    rules.validator.validate_compiled_with_context(&rules.compiled, new, old, Some(&self.root));
                 if let Err(errors) = checked {
                     causes.extend(errors.into_iter().map(|error| validate::rule_cause(&error)));
                 }
@@ -147,7 +153,10 @@ impl CustomKind {
                 None => causes.push(Cause::invalid(
                     path,
                     &0.into(),
-                    &format!("{path} accessor error: {found} is of the type {}, expected int64", validate::go_word(found)),
+                    &format!(
+                        "{path} accessor error: {found} is of the type {}, expected int64",
+                        validate::go_word(found)
+                    ),
                 )),
             }
         }

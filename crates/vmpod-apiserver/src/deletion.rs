@@ -147,7 +147,11 @@ fn check_preconditions(resource: &Resource, old: &Value, options: &Value) -> Res
         if at(options, &["preconditions", key]).is_none() || wanted == found {
             return Ok(());
         }
-        let kind = if resource.group.is_empty() { resource.kind.clone() } else { format!("{}.{}", resource.kind, resource.group) };
+        let kind = if resource.group.is_empty() {
+            resource.kind.clone()
+        } else {
+            format!("{}.{}", resource.kind, resource.group)
+        };
         let message = format!(
             "Operation cannot be fulfilled on {kind} {}: the {what} in the precondition ({wanted}) does not match the {what} in record ({found}). The object might have been {}",
             crate::status::quoted(name),
@@ -182,18 +186,21 @@ mod tests {
 
     #[test]
     fn a_bound_pod_is_marked_then_shortened_then_removed() {
-        let Deletion::Mark(marked) = plan(&pods(), &bound(), &json!({"gracePeriodSeconds": 20}), at_noon()).unwrap() else {
+        let Deletion::Mark(marked) = plan(&pods(), &bound(), &json!({"gracePeriodSeconds": 20}), at_noon()).unwrap()
+        else {
             panic!("marked")
         };
         assert_eq!(marked["metadata"]["deletionTimestamp"], "2026-01-01T12:00:20Z");
         assert_eq!(marked["metadata"]["generation"], 2);
         assert_eq!(plan(&pods(), &marked, &json!({}), at_noon()).unwrap(), Deletion::Pending);
-        let Deletion::Mark(sooner) = plan(&pods(), &marked, &json!({"gracePeriodSeconds": 5}), at_noon()).unwrap() else {
+        let Deletion::Mark(sooner) = plan(&pods(), &marked, &json!({"gracePeriodSeconds": 5}), at_noon()).unwrap()
+        else {
             panic!("marked again")
         };
         assert_eq!(sooner["metadata"]["deletionTimestamp"], "2026-01-01T12:00:05Z");
         assert_eq!(sooner["metadata"]["generation"], 2);
-        let Deletion::Remove(gone) = plan(&pods(), &sooner, &json!({"gracePeriodSeconds": 0}), at_noon()).unwrap() else {
+        let Deletion::Remove(gone) = plan(&pods(), &sooner, &json!({"gracePeriodSeconds": 0}), at_noon()).unwrap()
+        else {
             panic!("removed")
         };
         assert_eq!(gone["metadata"]["deletionGracePeriodSeconds"], 0);
@@ -204,7 +211,9 @@ mod tests {
         let maps = Registry::builtin().resource("", "v1", "configmaps").unwrap();
         let plain = json!({"metadata": {"name": "c", "uid": "u"}});
         assert!(matches!(plan(&maps, &plain, &json!({}), at_noon()).unwrap(), Deletion::Remove(_)));
-        let Deletion::Mark(marked) = plan(&maps, &plain, &json!({"propagationPolicy": "Foreground"}), at_noon()).unwrap() else {
+        let Deletion::Mark(marked) =
+            plan(&maps, &plain, &json!({"propagationPolicy": "Foreground"}), at_noon()).unwrap()
+        else {
             panic!("marked")
         };
         assert_eq!(marked["metadata"]["finalizers"], json!(["foregroundDeletion"]));

@@ -25,9 +25,7 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde_json::Value;
 
-pub(crate) use self::decode::{
-    FieldValidation, Format, conform, decode, decode_options, rfc3339, warning_header,
-};
+pub(crate) use self::decode::{FieldValidation, Format, conform, decode, decode_options, rfc3339, warning_header};
 pub(crate) use self::lifecycle::{bind, create, pod_service_account, present, unchanged, update};
 pub(crate) use self::registry::Registry;
 

@@ -179,11 +179,10 @@ pub(crate) fn on_update(
 ) {
     let given = entries(Some(new));
     let mut list = if given.is_empty() { entries(old) } else { given };
-    let reset = new
-        .get("metadata")
-        .and_then(|metadata| metadata.get("managedFields"))
-        .and_then(Value::as_array)
-        .is_some_and(|list| !list.is_empty() && list.iter().all(|entry| entry.as_object().is_some_and(Map::is_empty)));
+    let reset =
+        new.get("metadata").and_then(|metadata| metadata.get("managedFields")).and_then(Value::as_array).is_some_and(
+            |list| !list.is_empty() && list.iter().all(|entry| entry.as_object().is_some_and(Map::is_empty)),
+        );
     if reset {
         list.clear();
     }
@@ -330,7 +329,9 @@ fn conflict(conflicts: &[(&Entry, Set)]) -> Status {
             all.push((entry.shown(), set::shown(&path)));
         }
     }
-    let text = if let [(owner, field)] = all.as_slice() { format!("conflict with {owner}: {field}") } else {
+    let text = if let [(owner, field)] = all.as_slice() {
+        format!("conflict with {owner}: {field}")
+    } else {
         let mut owners: Vec<&String> = all.iter().map(|(owner, _)| owner).collect();
         owners.sort();
         owners.dedup();

@@ -8,7 +8,8 @@ use std::sync::{Arc, LazyLock};
 
 use k8s_openapi::api::{
     authentication::v1 as authentication, authorization::v1 as authorization, autoscaling::v1 as autoscaling,
-    certificates::v1 as certificates, coordination::v1 as coordination, core::v1 as core, events::v1 as events, policy::v1 as policy,
+    certificates::v1 as certificates, coordination::v1 as coordination, core::v1 as core, events::v1 as events,
+    policy::v1 as policy,
 };
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1 as apiextensions;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
@@ -70,10 +71,12 @@ fn tidy(value: &mut Value) {
     match value {
         Value::Object(map) => {
             // A schema may also have a property of that name.
-            if map.len() > 1 && map.get("$ref").is_some_and(Value::is_string)
-                && let Some(reference) = map.remove("$ref") {
-                    map.insert("allOf".into(), json!([{"$ref": reference}]));
-                }
+            if map.len() > 1
+                && map.get("$ref").is_some_and(Value::is_string)
+                && let Some(reference) = map.remove("$ref")
+            {
+                map.insert("allOf".into(), json!([{"$ref": reference}]));
+            }
             map.values_mut().for_each(tidy);
         }
         Value::Array(list) => list.iter_mut().for_each(tidy),
@@ -142,7 +145,11 @@ fn enrich(name: &str, value: &mut Value) {
 pub(crate) fn description(short: &str, field: &str) -> String {
     let definition = DEFINITIONS.get(&full_name(short));
     let described = definition.and_then(|definition| {
-        if field.is_empty() { definition.get("description") } else { definition.get("properties")?.get(field)?.get("description") }
+        if field.is_empty() {
+            definition.get("description")
+        } else {
+            definition.get("properties")?.get(field)?.get("description")
+        }
     });
     described.and_then(Value::as_str).unwrap_or_default().to_owned()
 }
@@ -239,10 +246,11 @@ fn add_references(value: &Value, schemas: &mut BTreeMap<String, Value>) {
         Value::Object(map) => {
             if let Some(name) = map.get("$ref").and_then(Value::as_str).and_then(|text| text.strip_prefix(REF))
                 && !schemas.contains_key(name)
-                    && let Some(definition) = DEFINITIONS.get(name) {
-                        schemas.insert(name.to_owned(), definition.clone());
-                        add_references(definition, schemas);
-                    }
+                && let Some(definition) = DEFINITIONS.get(name)
+            {
+                schemas.insert(name.to_owned(), definition.clone());
+                add_references(definition, schemas);
+            }
             map.values().for_each(|inner| add_references(inner, schemas));
         }
         Value::Array(list) => list.iter().for_each(|inner| add_references(inner, schemas)),
@@ -275,7 +283,9 @@ fn operation(method: &str, action: &str, schema: &Value, gvk: &Value) -> Value {
     });
     let parameters: Vec<Value> = match method {
         "post" | "put" => vec![("dryRun", "string"), ("fieldManager", "string"), ("fieldValidation", "string")],
-        "patch" => vec![("dryRun", "string"), ("fieldManager", "string"), ("fieldValidation", "string"), ("force", "boolean")],
+        "patch" => {
+            vec![("dryRun", "string"), ("fieldManager", "string"), ("fieldValidation", "string"), ("force", "boolean")]
+        }
         "delete" => vec![("dryRun", "string"), ("gracePeriodSeconds", "integer"), ("propagationPolicy", "string")],
         _ if action == "list" => vec![
             ("continue", "string"),
@@ -386,7 +396,9 @@ mod tests {
     fn the_field_tables_agree_with_the_described_types() {
         let mut missing = Vec::new();
         for (name, definition) in DEFINITIONS.iter() {
-            let Some(inner) = short_name(name).and_then(|short| schema::builtin().get(short.as_str())) else { continue };
+            let Some(inner) = short_name(name).and_then(|short| schema::builtin().get(short.as_str())) else {
+                continue;
+            };
             for key in definition["properties"].as_object().into_iter().flatten().map(|(key, _)| key) {
                 if !inner.fields.contains_key(key) {
                     missing.push(format!("{name}.{key}"));

@@ -96,7 +96,9 @@ pub(crate) fn apply(
         PatchKind::Json => json_patch_to(&mut new, patch)?,
         PatchKind::Merge => {
             if !patch.is_object() {
-                return Err(Status::bad_request("json: cannot unmarshal the patch into Go value of type map[string]interface {}"));
+                return Err(Status::bad_request(
+                    "json: cannot unmarshal the patch into Go value of type map[string]interface {}",
+                ));
             }
             json_patch::merge(&mut new, &patch);
         }
@@ -136,7 +138,8 @@ fn server_side(
     force: bool,
     context: &Context<'_>,
 ) -> Result<Patched, Status> {
-    let format = if body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{') { Format::Json } else { Format::Yaml };
+    let format =
+        if body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{') { Format::Json } else { Format::Yaml };
     let (mut applied, duplicates) =
         parse(body, format).map_err(|why| Status::bad_request(format!("error decoding YAML: {why}")))?;
     if !applied.is_object() {
@@ -144,7 +147,10 @@ fn server_side(
     }
     for key in ["kind", "apiVersion"] {
         if applied[key].as_str().unwrap_or_default().is_empty() {
-            return Err(Status::bad_request(format!("Object '{}' is missing in the configuration", if key == "kind" { "Kind" } else { key })));
+            return Err(Status::bad_request(format!(
+                "Object '{}' is missing in the configuration",
+                if key == "kind" { "Kind" } else { key }
+            )));
         }
     }
     if at(&applied, &["metadata", "managedFields"]).is_some() {

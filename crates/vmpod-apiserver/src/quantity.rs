@@ -53,7 +53,8 @@ impl Quantity {
         let (family, base, exponent) = scale(suffix)?;
         // value = digits × 10^-len(fraction) × base^exponent, in nanos, rounded away from zero
         let all: String = [whole, fraction].concat();
-        let mantissa: i128 = if all.len() > 30 { i128::MAX / NANO / 4 } else { all.parse().map_err(|_| QuantityError::Format)? };
+        let mantissa: i128 =
+            if all.len() > 30 { i128::MAX / NANO / 4 } else { all.parse().map_err(|_| QuantityError::Format)? };
         let shift = i32::try_from(fraction.len()).map_err(|_| QuantityError::Format)?;
         let mut nanos = if base == 2 {
             let factor = 1_i128 << exponent;
@@ -84,7 +85,13 @@ fn scaled(mantissa: i128, power: i32) -> i128 {
     let magnitude = 10_i128.checked_pow(power.unsigned_abs());
     match (power < 0, magnitude) {
         (false, Some(factor)) => mantissa.saturating_mul(factor),
-        (false, None) => if mantissa == 0 { 0 } else { i128::MAX },
+        (false, None) => {
+            if mantissa == 0 {
+                0
+            } else {
+                i128::MAX
+            }
+        }
         (true, Some(factor)) => mantissa / factor + i128::from(mantissa % factor != 0),
         (true, None) => i128::from(mantissa != 0),
     }
@@ -180,9 +187,25 @@ mod tests {
     #[test]
     fn canonical_forms() {
         for (given, canonical) in [
-            ("0", "0"), ("1", "1"), ("1000m", "1"), ("0.5", "500m"), ("1.5Gi", "1536Mi"), ("1024Mi", "1Gi"), ("1000", "1k"),
-            ("1e3", "1e3"), ("100Ki", "100Ki"), ("0.5Mi", "512Ki"), ("1500m", "1500m"), ("2000000", "2M"), ("12e6", "12e6"),
-            ("0.1n", "1n"), ("-1.5", "-1500m"), ("+3", "3"), ("1536", "1536"), ("512", "512"), ("0.001Ki", "1024m"),
+            ("0", "0"),
+            ("1", "1"),
+            ("1000m", "1"),
+            ("0.5", "500m"),
+            ("1.5Gi", "1536Mi"),
+            ("1024Mi", "1Gi"),
+            ("1000", "1k"),
+            ("1e3", "1e3"),
+            ("100Ki", "100Ki"),
+            ("0.5Mi", "512Ki"),
+            ("1500m", "1500m"),
+            ("2000000", "2M"),
+            ("12e6", "12e6"),
+            ("0.1n", "1n"),
+            ("-1.5", "-1500m"),
+            ("+3", "3"),
+            ("1536", "1536"),
+            ("512", "512"),
+            ("0.001Ki", "1024m"),
         ] {
             assert_eq!(Quantity::parse(given).map(|q| q.to_string()), Ok(canonical.to_owned()), "{given}");
         }

@@ -189,13 +189,8 @@ fn parse(text: &'static str) -> HashMap<&'static str, Struct> {
 }
 
 fn field<'a>(expression: &'static str, flags: impl Iterator<Item = &'a str>) -> Field {
-    let mut out = Field {
-        ty: Type::Any,
-        omit_empty: false,
-        omit_zero: false,
-        pointer: false,
-        rule: MergeRule::default(),
-    };
+    let mut out =
+        Field { ty: Type::Any, omit_empty: false, omit_zero: false, pointer: false, rule: MergeRule::default() };
     let (mut relation, mut keys, mut atomic) = (Relation::Atomic, Vec::new(), false);
     for flag in flags {
         match flag.split_once('=') {
@@ -257,7 +252,9 @@ mod tests {
     fn every_named_type_is_there() {
         fn check(owner: &str, ty: &Type) {
             match ty {
-                Type::Named(name) => assert!(builtin().contains_key(name), "{owner} names {name}, which isn't in wire.txt"),
+                Type::Named(name) => {
+                    assert!(builtin().contains_key(name), "{owner} names {name}, which isn't in wire.txt")
+                }
                 Type::List(list) => check(owner, &list.item),
                 Type::Map(map) => check(owner, &map.value),
                 _ => {}
@@ -273,7 +270,9 @@ mod tests {
 
     #[test]
     fn containers_merge_by_name_and_ports_are_kept_apart_by_two_keys() {
-        let Some(Type::List(ports)) = Type::named("core.Container").child("ports").cloned() else { panic!("ports is a list") };
+        let Some(Type::List(ports)) = Type::named("core.Container").child("ports").cloned() else {
+            panic!("ports is a list")
+        };
         assert_eq!(ports.relation, Relation::Map(vec!["containerPort".into(), "protocol".into()]));
         let spec = Type::named("core.PodSpec");
         let containers = &spec.as_struct().unwrap().fields["containers"];

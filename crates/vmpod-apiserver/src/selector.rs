@@ -82,7 +82,8 @@ impl Parser {
     }
 
     fn take(&mut self, symbol: &str) -> bool {
-        let found = *self.peek() == Token::Word(symbol.to_owned()) || matches!(self.peek(), Token::Symbol(one) if *one == symbol);
+        let found = *self.peek() == Token::Word(symbol.to_owned())
+            || matches!(self.peek(), Token::Symbol(one) if *one == symbol);
         self.at += usize::from(found);
         found
     }
@@ -148,10 +149,7 @@ impl Parser {
                 if word == "in" { Test::In(values) } else { Test::NotIn(values) }
             }
             other => {
-                return Err(format!(
-                    "found '{}', expected: in, notin, =, ==, !=, gt, lt",
-                    other.shown()
-                ));
+                return Err(format!("found '{}', expected: in, notin, =, ==, !=, gt, lt", other.shown()));
             }
         };
         if let Test::In(values) | Test::NotIn(values) = &test {
@@ -297,17 +295,16 @@ impl FieldSelector {
             if part.is_empty() {
                 continue;
             }
-            let split = [("!=", false), ("==", true), ("=", true)].into_iter().filter_map(|(operator, equal)| {
-                part.find(operator).map(|at| (at, operator.len(), equal))
-            });
+            let split = [("!=", false), ("==", true), ("=", true)]
+                .into_iter()
+                .filter_map(|(operator, equal)| part.find(operator).map(|at| (at, operator.len(), equal)));
             let Some((at, length, equal)) = split.min_by_key(|&(at, length, _)| (at, std::cmp::Reverse(length))) else {
-                return Err(Status::bad_request(format!(
-                    "invalid selector: '{selector}'; can't understand '{part}'"
-                )));
+                return Err(Status::bad_request(format!("invalid selector: '{selector}'; can't understand '{part}'")));
             };
             let field = part[..at].to_owned();
-            let value = unescape(&part[at + length..])
-                .ok_or_else(|| Status::bad_request(format!("invalid field selector: invalid escape sequence in {}", quoted(&part))))?;
+            let value = unescape(&part[at + length..]).ok_or_else(|| {
+                Status::bad_request(format!("invalid field selector: invalid escape sequence in {}", quoted(&part)))
+            })?;
             if !known.contains(&field) {
                 return Err(Status::bad_request(unknown_field(resource, &field)));
             }
@@ -359,10 +356,7 @@ fn unknown_field(resource: &Resource, field: &str) -> String {
         "Pod" | "Node" | "Event" | "Namespace" | "Secret" | "CertificateSigningRequest" => {
             format!("field label not supported: {field}")
         }
-        _ => format!(
-            "{} is not a known field selector: only \"metadata.name\", \"metadata.namespace\"",
-            quoted(field)
-        ),
+        _ => format!("{} is not a known field selector: only \"metadata.name\", \"metadata.namespace\"", quoted(field)),
     }
 }
 

@@ -230,9 +230,10 @@ impl Status {
             "message": self.message, "reason": self.reason, "code": self.code,
         });
         if self.reason.is_empty()
-            && let Some(map) = value.as_object_mut() {
-                map.remove("reason");
-            }
+            && let Some(map) = value.as_object_mut()
+        {
+            map.remove("reason");
+        }
         if let Some(details) = &self.details {
             value["details"] = details.clone();
         }
@@ -345,7 +346,14 @@ impl Status {
 
     /// 403 from authorization: the user may not do this at all. `resource` is `plural[/subresource]`.
     #[must_use]
-    pub(crate) fn forbidden_user(user: &str, verb: &str, group: &str, resource: &str, name: &str, namespace: &str) -> Self {
+    pub(crate) fn forbidden_user(
+        user: &str,
+        verb: &str,
+        group: &str,
+        resource: &str,
+        name: &str,
+        namespace: &str,
+    ) -> Self {
         let qualified = if group.is_empty() { resource.to_owned() } else { format!("{resource}.{group}") };
         let mut message = if name.is_empty() {
             format!("{qualified} is forbidden: ")
@@ -390,7 +398,10 @@ impl Status {
     /// 404 for a path that leads nowhere.
     #[must_use]
     pub(crate) fn no_route() -> Self {
-        Self { details: Some(json!({})), ..Self::plain(404, "NotFound", "the server could not find the requested resource") }
+        Self {
+            details: Some(json!({})),
+            ..Self::plain(404, "NotFound", "the server could not find the requested resource")
+        }
     }
 
     /// 405 for a method on a path that has others.

@@ -61,8 +61,10 @@ pub(crate) fn render(
             row
         })
         .collect();
-    let definitions: Value = if headers { columns.iter().map(columns::Column::definition).collect() } else { Value::Null };
-    let mut table = json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": definitions, "rows": rows});
+    let definitions: Value =
+        if headers { columns.iter().map(columns::Column::definition).collect() } else { Value::Null };
+    let mut table =
+        json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": definitions, "rows": rows});
     table["metadata"] = list_metadata;
     table
 }

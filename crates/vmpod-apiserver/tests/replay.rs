@@ -103,7 +103,13 @@ fn compare(recorded: &Value, ours: &Value, path: &str, names: &mut Names, out: &
             let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
             for key in keys {
                 let here = format!("{path}/{key}");
-                compare(a.get(key).copied().unwrap_or(&Value::Null), b.get(key).unwrap_or(&Value::Null), &here, names, out);
+                compare(
+                    a.get(key).copied().unwrap_or(&Value::Null),
+                    b.get(key).unwrap_or(&Value::Null),
+                    &here,
+                    names,
+                    out,
+                );
             }
         }
         (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
@@ -177,7 +183,10 @@ async fn every_recorded_exchange() {
     }
     stop.cancel();
     for (index, one) in known::KNOWN.iter().enumerate().filter(|(index, _)| !used.contains(index)) {
-        failures.push(format!("{} {}: agrees now, so known.rs need not list it ({index}: {})", one.exchange, one.path, one.reason));
+        failures.push(format!(
+            "{} {}: agrees now, so known.rs need not list it ({index}: {})",
+            one.exchange, one.path, one.reason
+        ));
     }
     println!("{matched} of {} exchanges agree", all.len());
     assert!(failures.is_empty(), "{} of {} exchanges differ:\n{}", failures.len(), all.len(), failures.join("\n"));

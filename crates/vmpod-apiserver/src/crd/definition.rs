@@ -22,7 +22,9 @@ pub(crate) fn default_definition(value: &mut Value) {
     if at(value, &["spec", "conversion"]).is_none() && value["spec"].is_object() {
         value["spec"]["conversion"] = json!({"strategy": "None"});
     }
-    if let Some(service) = value.pointer_mut("/spec/conversion/webhook/clientConfig/service").and_then(Value::as_object_mut) {
+    if let Some(service) =
+        value.pointer_mut("/spec/conversion/webhook/clientConfig/service").and_then(Value::as_object_mut)
+    {
         service.entry("port").or_insert_with(|| 443.into());
     }
 }
@@ -36,10 +38,9 @@ fn storage_version(value: &Value) -> Option<String> {
 
 /// The status that goes with a new or changed spec.
 pub(crate) fn prepare(value: &mut Value, old: Option<&Value>) {
-    let mut status = old
-        .and_then(|old| old.get("status"))
-        .cloned()
-        .unwrap_or_else(|| json!({"conditions": null, "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}));
+    let mut status = old.and_then(|old| old.get("status")).cloned().unwrap_or_else(
+        || json!({"conditions": null, "acceptedNames": {"plural": "", "kind": ""}, "storedVersions": []}),
+    );
     if let Some(storage) = storage_version(value) {
         let mut versions = items(&status, &["storedVersions"]).to_vec();
         if !versions.contains(&Value::from(storage.as_str())) {
@@ -109,7 +110,9 @@ fn versions(spec: &Value, causes: &mut Vec<Cause>) {
                 match text(schema, &["type"]) {
                     "object" => {}
                     "" => causes.push(Cause::required(format!("{path}.type"), "must not be empty at the root")),
-                    other => causes.push(Cause::invalid(format!("{path}.type"), &other.into(), "must be object at the root")),
+                    other => {
+                        causes.push(Cause::invalid(format!("{path}.type"), &other.into(), "must be object at the root"))
+                    }
                 }
                 structural(schema, &path, true, causes);
             }
@@ -226,7 +229,8 @@ fn list_type(schema: &Value, field: &str, causes: &mut Vec<Cause>) {
         };
         let required = items(schema, &["items", "required"]).iter().any(|one| one == key);
         if !required && property.get("default").is_none() {
-            let why = "this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property";
+            let why =
+                "this property is in x-kubernetes-list-map-keys, so it must have a default or be a required property";
             causes.push(Cause::required(format!("{field}.items.properties[{key}].default"), why));
         }
     }
@@ -300,7 +304,8 @@ fn condition(kind: &str, good: bool, reason: &str, message: &str, old: &Value, n
     let status = if good { "True" } else { "False" };
     let before = items(old, &["status", "conditions"]).iter().find(|one| text(one, &["type"]) == kind);
     let since = before
-        .filter(|one| text(one, &["status"]) == status).map_or_else(|| rfc3339(now).into(), |one| one["lastTransitionTime"].clone());
+        .filter(|one| text(one, &["status"]) == status)
+        .map_or_else(|| rfc3339(now).into(), |one| one["lastTransitionTime"].clone());
     json!({"type": kind, "status": status, "lastTransitionTime": since, "reason": reason, "message": message})
 }
 
@@ -312,7 +317,9 @@ pub(crate) fn names_accepted(registry: &Registry, definition: &Value, now: Times
     let group = text(definition, &["spec", "group"]);
     let plural = text(names, &["plural"]);
     let taken = registry.resources().iter().find(|one| {
-        one.group == group && one.plural != plural && (one.kind == text(names, &["kind"]) || one.singular == text(names, &["singular"]))
+        one.group == group
+            && one.plural != plural
+            && (one.kind == text(names, &["kind"]) || one.singular == text(names, &["singular"]))
     });
     let mut conditions: Vec<Value> = items(definition, &["status", "conditions"])
         .iter()

@@ -33,10 +33,12 @@ fn below(schema: &Value) -> Vec<&Value> {
 /// Compiles the patterns of a schema; those that don't compile are left out (definitions are checked for them).
 pub(super) fn patterns(schema: &Value, out: &mut HashMap<String, Regex>) {
     let pattern = text(schema, &["pattern"]);
-    if !pattern.is_empty() && !out.contains_key(pattern)
-        && let Ok(compiled) = Regex::new(pattern) {
-            out.insert(pattern.to_owned(), compiled);
-        }
+    if !pattern.is_empty()
+        && !out.contains_key(pattern)
+        && let Ok(compiled) = Regex::new(pattern)
+    {
+        out.insert(pattern.to_owned(), compiled);
+    }
     for inner in below(schema) {
         patterns(inner, out);
     }
@@ -61,7 +63,8 @@ pub(super) fn prune(schema: &Value, value: &mut Value, resource: bool, path: &st
                 if resource && matches!(name.as_str(), "apiVersion" | "kind" | "metadata") {
                     continue;
                 }
-                let inner = properties.and_then(|all| all.get(&name)).or_else(|| additional.filter(|inner| inner.is_object()));
+                let inner =
+                    properties.and_then(|all| all.get(&name)).or_else(|| additional.filter(|inner| inner.is_object()));
                 match (inner, entries.get_mut(&name)) {
                     (Some(inner), Some(entry)) => prune(inner, entry, false, &here, unknown),
                     (None, Some(_)) if !keep => {
@@ -94,7 +97,10 @@ pub(super) fn default(schema: &Value, value: &mut Value) {
                     if absent {
                         entries.insert(name.clone(), fallback.clone());
                     }
-                } else if entries.get(name).is_some_and(Value::is_null) && !on(inner, "nullable") && !on(inner, PRESERVE) {
+                } else if entries.get(name).is_some_and(Value::is_null)
+                    && !on(inner, "nullable")
+                    && !on(inner, PRESERVE)
+                {
                     entries.remove(name);
                 }
                 if let Some(entry) = entries.get_mut(name) {
@@ -102,7 +108,9 @@ pub(super) fn default(schema: &Value, value: &mut Value) {
                 }
             }
             if let Some(inner) = schema.get("additionalProperties").filter(|inner| inner.is_object()) {
-                for (_, entry) in entries.iter_mut().filter(|(name, _)| properties.is_none_or(|all| !all.contains_key(*name))) {
+                for (_, entry) in
+                    entries.iter_mut().filter(|(name, _)| properties.is_none_or(|all| !all.contains_key(*name)))
+                {
                     default(inner, entry);
                 }
             }
@@ -142,20 +150,29 @@ fn node_type(schema: &Value) -> Type {
     let properties = schema.get("properties").and_then(Value::as_object);
     match text(schema, &["type"]) {
         "object" if properties.is_none() && on(schema, PRESERVE) && !atomic && !on(schema, EMBEDDED) => Type::Any,
-        "object" => if let Some(inner) = schema.get("additionalProperties").filter(|inner| inner.is_object()) { Type::Map(Arc::new(MapType { value: node_type(inner), atomic })) } else {
-            let fields: BTreeMap<String, Field> = properties
-                .into_iter()
-                .flatten()
-                .map(|(name, inner)| (name.clone(), Field::optional(node_type(inner))))
-                .collect();
-            let inner = Struct { name: String::new(), fields, atomic, open: on(schema, PRESERVE) || properties.is_none() };
-            if on(schema, EMBEDDED) { with_object_fields(inner) } else { Type::Struct(Arc::new(inner)) }
-        },
+        "object" => {
+            if let Some(inner) = schema.get("additionalProperties").filter(|inner| inner.is_object()) {
+                Type::Map(Arc::new(MapType { value: node_type(inner), atomic }))
+            } else {
+                let fields: BTreeMap<String, Field> = properties
+                    .into_iter()
+                    .flatten()
+                    .map(|(name, inner)| (name.clone(), Field::optional(node_type(inner))))
+                    .collect();
+                let inner =
+                    Struct { name: String::new(), fields, atomic, open: on(schema, PRESERVE) || properties.is_none() };
+                if on(schema, EMBEDDED) { with_object_fields(inner) } else { Type::Struct(Arc::new(inner)) }
+            }
+        }
         "array" => {
             let relation = match text(schema, &["x-kubernetes-list-type"]) {
                 "set" => Relation::Set,
                 "map" => Relation::Map(
-                    items(schema, &["x-kubernetes-list-map-keys"]).iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+                    items(schema, &["x-kubernetes-list-map-keys"])
+                        .iter()
+                        .filter_map(Value::as_str)
+                        .map(str::to_owned)
+                        .collect(),
                 ),
                 _ => Relation::Atomic,
             };

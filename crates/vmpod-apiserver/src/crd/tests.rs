@@ -43,7 +43,8 @@ fn context() -> Context<'static> {
 
 fn made(schema: &Value, spec: &Value) -> Result<Value, Status> {
     let resource = herds(schema);
-    let body = json!({"apiVersion": "example.dev/v1", "kind": "Herd", "metadata": {"name": "h"}, "spec": spec}).to_string();
+    let body =
+        json!({"apiVersion": "example.dev/v1", "kind": "Herd", "metadata": {"name": "h"}, "spec": spec}).to_string();
     let decoded = decode(&resource, body.as_bytes(), Format::Json, FieldValidation::Ignore)?;
     create(&resource, decoded.value, &context())
 }
@@ -64,7 +65,11 @@ fn schema() -> Value {
 
 #[test]
 fn defaults_and_pruning() {
-    let made = made(&schema(), &json!({"name": "a", "x": 1, "many": [{"k": "a", "y": 2}], "open": {"z": 1}, "port": "http", "map": {"a": 1}})).unwrap();
+    let made = made(
+        &schema(),
+        &json!({"name": "a", "x": 1, "many": [{"k": "a", "y": 2}], "open": {"z": 1}, "port": "http", "map": {"a": 1}}),
+    )
+    .unwrap();
     assert_eq!(
         made["spec"],
         json!({"name": "a", "size": 3, "many": [{"k": "a", "v": 1}], "open": {"z": 1}, "port": "http", "map": {"a": 1}})
@@ -76,12 +81,24 @@ fn what_a_schema_refuses() {
     for (spec, wanted) in [
         (json!({"name": "abcde"}), "spec.name: Too long: may not be more than 4 bytes"),
         (json!({"name": "A"}), "spec.name: Invalid value: \"A\": spec.name in body should match '^[a-z]*$'"),
-        (json!({"name": "a", "size": 10}), "spec.size: Invalid value: 10: spec.size in body should be less than or equal to 9"),
-        (json!({"name": "a", "when": "noon"}), "spec.when: Invalid value: \"noon\": spec.when in body must be of type date-time"),
+        (
+            json!({"name": "a", "size": 10}),
+            "spec.size: Invalid value: 10: spec.size in body should be less than or equal to 9",
+        ),
+        (
+            json!({"name": "a", "when": "noon"}),
+            "spec.when: Invalid value: \"noon\": spec.when in body must be of type date-time",
+        ),
         (json!({"name": "a", "many": [{"k": "a"}, {"k": "a"}]}), "spec.many[1]: Duplicate value: {\"k\":\"a\"}"),
         (json!({"name": "a", "many": [{}]}), "spec.many[0].k: Required value"),
-        (json!({"name": "a", "many": [{"k": "a"}, {"k": "b"}, {"k": "c"}]}), "spec.many: Too many: 3: must have at most 2 items"),
-        (json!({"name": "a", "map": {"a": "x"}}), "spec.map.a: Invalid value: \"string\": spec.map.a in body must be of type integer: \"string\""),
+        (
+            json!({"name": "a", "many": [{"k": "a"}, {"k": "b"}, {"k": "c"}]}),
+            "spec.many: Too many: 3: must have at most 2 items",
+        ),
+        (
+            json!({"name": "a", "map": {"a": "x"}}),
+            "spec.map.a: Invalid value: \"string\": spec.map.a in body must be of type integer: \"string\"",
+        ),
         (json!({"name": "a", "port": true}), "spec.port in body must be of type integer,string: \"boolean\""),
     ] {
         let refused = made(&schema(), &spec).unwrap_err();
@@ -116,7 +133,10 @@ fn a_definition_must_be_structural() {
         [format!("{field}.properties[a].type: Required value: must not be empty for specified object fields")]
     );
     assert_eq!(causes(json!({"type": "array"})), [format!("{field}.items: Required value: must be specified")]);
-    assert!(causes(json!({"type": "object", "x-kubernetes-validations": [{"rule": "self.("}]}))[0].contains("compilation failed"));
+    assert!(
+        causes(json!({"type": "object", "x-kubernetes-validations": [{"rule": "self.("}]}))[0]
+            .contains("compilation failed")
+    );
     assert!(causes(json!({"type": "string", "pattern": "("}))[0].contains("must be a valid regular expression"));
 }
 
@@ -134,5 +154,8 @@ fn printer_columns_make_the_table() {
     let now = "2026-01-01T12:05:00Z".parse().unwrap();
     let table = render(&resource, &[&object], IncludeObject::None, now, json!({}), true);
     assert_eq!(table["rows"][0]["cells"], json!(["h", 7]));
-    assert_eq!(table["columnDefinitions"][1]["description"], "Custom resource definition column (in JSONPath format): .spec.size");
+    assert_eq!(
+        table["columnDefinitions"][1]["description"],
+        "Custom resource definition column (in JSONPath format): .spec.size"
+    );
 }

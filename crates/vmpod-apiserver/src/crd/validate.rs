@@ -14,7 +14,9 @@ fn word(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "boolean",
-        Value::Number(number) if number.is_f64() && number.as_f64().is_some_and(|float| float.fract() != 0.0) => "number",
+        Value::Number(number) if number.is_f64() && number.as_f64().is_some_and(|float| float.fract() != 0.0) => {
+            "number"
+        }
         Value::Number(_) => "integer",
         Value::String(_) => "string",
         Value::Array(_) => "array",
@@ -54,7 +56,11 @@ pub(super) fn schema(
     }
     if let Some(expected) = wrong_type(schema, value) {
         let found = word(value);
-        out.push(Cause::type_invalid(field, found, &format!("{path} in body must be of type {expected}: {}", quoted(found))));
+        out.push(Cause::type_invalid(
+            field,
+            found,
+            &format!("{path} in body must be of type {expected}: {}", quoted(found)),
+        ));
         return;
     }
     combined(schema, value, path, patterns, out);
@@ -63,14 +69,16 @@ pub(super) fn schema(
         Value::Number(_) => number(schema, value, path, out),
         Value::Array(list) => {
             if let Some(max) = schema.get("maxItems").and_then(Value::as_u64).and_then(|max| usize::try_from(max).ok())
-                && list.len() > max {
-                    out.push(Cause::too_many(field, list.len(), max));
-                }
+                && list.len() > max
+            {
+                out.push(Cause::too_many(field, list.len(), max));
+            }
             if let Some(min) = schema.get("minItems").and_then(Value::as_u64)
-                && (list.len() as u64) < min {
-                    let why = format!("{path} in body should have at least {min} items");
-                    out.push(Cause::invalid(field, &list.len().into(), &why));
-                }
+                && (list.len() as u64) < min
+            {
+                let why = format!("{path} in body should have at least {min} items");
+                out.push(Cause::invalid(field, &list.len().into(), &why));
+            }
             if let Some(inner) = schema.get("items").filter(|inner| inner.is_object()) {
                 for (index, one) in list.iter().enumerate() {
                     self::schema(inner, one, &format!("{path}[{index}]"), false, patterns, out);
@@ -149,7 +157,11 @@ fn string(schema: &Value, value: &str, path: &str, patterns: &HashMap<String, Re
     }
     let format = text(schema, &["format"]);
     if !fits_format(format, value) {
-        out.push(Cause::invalid(path, &value.into(), &format!("{path} in body must be of type {format}: {}", quoted(value))));
+        out.push(Cause::invalid(
+            path,
+            &value.into(),
+            &format!("{path} in body must be of type {format}: {}", quoted(value)),
+        ));
     }
 }
 
@@ -274,7 +286,11 @@ pub(super) fn lists(schema: &Value, value: &Value, path: &str, out: &mut Vec<Cau
 pub(super) fn blocks_rules(cause: &Cause) -> bool {
     matches!(
         cause.reason,
-        CauseReason::NotSupported | CauseReason::Required | CauseReason::TooLong | CauseReason::TooMany | CauseReason::TypeInvalid
+        CauseReason::NotSupported
+            | CauseReason::Required
+            | CauseReason::TooLong
+            | CauseReason::TooMany
+            | CauseReason::TypeInvalid
     )
 }
 

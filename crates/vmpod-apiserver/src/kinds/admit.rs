@@ -38,7 +38,8 @@ fn node(value: &mut Value) {
 }
 
 fn pod(resource: &Resource, value: &mut Value, context: &Context<'_>) -> Result<(), Status> {
-    let mirror = value["metadata"].get("annotations").is_some_and(|all| all.get("kubernetes.io/config.mirror").is_some());
+    let mirror =
+        value["metadata"].get("annotations").is_some_and(|all| all.get("kubernetes.io/config.mirror").is_some());
     if !mirror {
         let account = lifecycle::pod_service_account(value).to_owned();
         value["spec"]["serviceAccountName"] = account.clone().into();
@@ -48,9 +49,10 @@ fn pod(resource: &Resource, value: &mut Value, context: &Context<'_>) -> Result<
                     value["spec"]["imagePullSecrets"] = json!([]);
                 }
                 if let Some(list) = value["spec"]["imagePullSecrets"].as_array_mut()
-                    && !list.contains(secret) {
-                        list.push(secret.clone());
-                    }
+                    && !list.contains(secret)
+                {
+                    list.push(secret.clone());
+                }
             }
         }
         if wants_token(value, context.service_account) {
@@ -74,7 +76,8 @@ fn mount_token(pod: &mut Value, suffix: &str) {
     let mut used = false;
     for list in ["initContainers", "containers"] {
         for container in pod["spec"].get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
-            let mounted = items(container, &["volumeMounts"]).iter().any(|mount| text(mount, &["mountPath"]) == TOKEN_PATH);
+            let mounted =
+                items(container, &["volumeMounts"]).iter().any(|mount| text(mount, &["mountPath"]) == TOKEN_PATH);
             if mounted {
                 continue;
             }
@@ -126,12 +129,13 @@ fn priority(resource: &Resource, pod: &mut Value) -> Result<(), Status> {
         }
     };
     if let Some(given) = at(pod, &["spec", "priority"]).and_then(Value::as_i64)
-        && given != value {
-            let why = format!(
-                "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name"
-            );
-            return Err(Status::forbidden(resource, &name, &why));
-        }
+        && given != value
+    {
+        let why = format!(
+            "the integer value of priority ({given}) must not be provided in pod spec; priority admission controller computed {value} from the given PriorityClass name"
+        );
+        return Err(Status::forbidden(resource, &name, &why));
+    }
     pod["spec"]["priority"] = value.into();
     if at(pod, &["spec", "preemptionPolicy"]).is_none() {
         pod["spec"]["preemptionPolicy"] = "PreemptLowerPriority".into();

@@ -37,7 +37,11 @@ impl FieldValidation {
                 "meta.k8s.io",
                 "CreateOptions",
                 "",
-                vec![crate::status::Cause::not_supported("fieldValidation", &other.into(), &["Ignore", "Strict", "Warn"])],
+                vec![crate::status::Cause::not_supported(
+                    "fieldValidation",
+                    &other.into(),
+                    &["Ignore", "Strict", "Warn"],
+                )],
             )),
         }
     }
@@ -83,7 +87,12 @@ pub(crate) fn warning_header(message: &str) -> String {
 }
 
 /// Decodes the body of a create or an update of `resource`.
-pub(crate) fn decode(resource: &Resource, body: &[u8], format: Format, validation: FieldValidation) -> Result<Decoded, Status> {
+pub(crate) fn decode(
+    resource: &Resource,
+    body: &[u8],
+    format: Format,
+    validation: FieldValidation,
+) -> Result<Decoded, Status> {
     let (value, duplicates) = parse(body, format).map_err(|why| {
         Status::bad_request(format!(
             "the object provided is unrecognized (must be of type {}): couldn't get version/kind; json parse error: {why}",
@@ -118,10 +127,15 @@ pub(crate) fn decode_options(body: &[u8], format: Format) -> Result<Value, Statu
     if body.iter().all(u8::is_ascii_whitespace) {
         return Ok(Value::Object(Map::new()));
     }
-    let (value, _) = parse(body, format).map_err(|why| Status::bad_request(format!("couldn't get version/kind; json parse error: {why}")))?;
+    let (value, _) = parse(body, format)
+        .map_err(|why| Status::bad_request(format!("couldn't get version/kind; json parse error: {why}")))?;
     let mut unknown = Vec::new();
-    if let Some(kind) = value.get("kind").and_then(Value::as_str).filter(|kind| !kind.is_empty() && *kind != "DeleteOptions") {
-        return Err(Status::bad_request(format!("decoded object cannot be converted to DeleteOptions: it is a {kind}")));
+    if let Some(kind) =
+        value.get("kind").and_then(Value::as_str).filter(|kind| !kind.is_empty() && *kind != "DeleteOptions")
+    {
+        return Err(Status::bad_request(format!(
+            "decoded object cannot be converted to DeleteOptions: it is a {kind}"
+        )));
     }
     shape(&Type::named("meta.DeleteOptions"), value, &mut unknown).map_err(Status::bad_request)
 }
@@ -186,13 +200,13 @@ fn check_kind(resource: &Resource, object: &mut Map<String, Value>) -> Result<()
         let kind = if kind.is_empty() { resource.kind.clone() } else { kind };
         let (group, short) = version.rsplit_once('/').unwrap_or(("", &version));
         let why = if super::registry::known(group, short, &kind) {
-            format!(
-                "converting ({short}.{kind}) to ({}.{}): unknown conversion",
-                resource.go_package(),
-                resource.kind
-            )
+            format!("converting ({short}.{kind}) to ({}.{}): unknown conversion", resource.go_package(), resource.kind)
         } else {
-            format!("no kind {} is registered for version {} in scheme \"pkg/runtime/scheme.go:111\"", quoted(&kind), quoted(&version))
+            format!(
+                "no kind {} is registered for version {} in scheme \"pkg/runtime/scheme.go:111\"",
+                quoted(&kind),
+                quoted(&version)
+            )
         };
         return Err(Status::bad_request(format!(
             "{kind} in version {} cannot be handled as a {}: {why}",
@@ -310,7 +324,9 @@ fn go_type(ty: &Type) -> String {
 
 fn mismatch(ty: &Type, value: &Value, path: &Path<'_>, owner: &str) -> String {
     let word = match value {
-        Value::Number(number) if matches!(ty, Type::Scalar(Scalar::Int32 | Scalar::Int64)) => format!("number {number}"),
+        Value::Number(number) if matches!(ty, Type::Scalar(Scalar::Int32 | Scalar::Int64)) => {
+            format!("number {number}")
+        }
         other => json_word(other).to_owned(),
     };
     let names = path.names();
@@ -418,7 +434,9 @@ fn walk_scalar(scalar: Scalar, ty: &Type, value: Value, path: &Path<'_>, owner: 
             return Quantity::parse(text).map(|amount| amount.to_string().into()).map_err(|why| why.to_string());
         }
         (Scalar::Quantity, Value::Number(number)) => {
-            return Quantity::parse(&number.to_string()).map(|amount| amount.to_string().into()).map_err(|why| why.to_string());
+            return Quantity::parse(&number.to_string())
+                .map(|amount| amount.to_string().into())
+                .map_err(|why| why.to_string());
         }
         (Scalar::Time | Scalar::MicroTime, Value::String(text)) => return time(scalar, text),
         _ => false,
@@ -449,7 +467,12 @@ fn time(scalar: Scalar, text: &str) -> Result<Value, String> {
         Ok(instant) if looks_right => {
             Ok(if scalar == Scalar::Time { rfc3339(instant) } else { rfc3339_micro(instant) }.into())
         }
-        _ => Err(format!("parsing time {} as {}: cannot parse {} as \"2006\"", quoted(text), quoted(layout), quoted(text))),
+        _ => Err(format!(
+            "parsing time {} as {}: cannot parse {} as \"2006\"",
+            quoted(text),
+            quoted(layout),
+            quoted(text)
+        )),
     }
 }
 

@@ -17,10 +17,9 @@ pub(crate) fn default(resource: &Resource, value: &mut Value) {
         "core.Node" => node(value),
         "core.Secret" => secret(value),
         "apiext.CustomResourceDefinition" => crate::crd::default_definition(value),
-        "certificates.CertificateSigningRequest"
-            if items(value, &["spec", "usages"]).is_empty() => {
-                value["spec"]["usages"] = json!(["digital signature", "key encipherment"]);
-            }
+        "certificates.CertificateSigningRequest" if items(value, &["spec", "usages"]).is_empty() => {
+            value["spec"]["usages"] = json!(["digital signature", "key encipherment"]);
+        }
         "authentication.TokenRequest" => set(value.get_mut("spec"), "expirationSeconds", &3600.into()),
         _ => {}
     }
@@ -53,7 +52,8 @@ fn namespace(value: &mut Value) {
 }
 
 fn node(value: &mut Value) {
-    if let (Some(capacity), None) = (at(value, &["status", "capacity"]).cloned(), at(value, &["status", "allocatable"])) {
+    if let (Some(capacity), None) = (at(value, &["status", "capacity"]).cloned(), at(value, &["status", "allocatable"]))
+    {
         value["status"]["allocatable"] = capacity;
     }
 }
@@ -167,7 +167,9 @@ fn probe(probe: &mut Value) {
         grpc.entry("service").or_insert_with(|| "".into());
     }
     let Some(probe) = probe.as_object_mut() else { return };
-    for (key, fallback) in [("timeoutSeconds", 1), ("periodSeconds", 10), ("successThreshold", 1), ("failureThreshold", 3)] {
+    for (key, fallback) in
+        [("timeoutSeconds", 1), ("periodSeconds", 10), ("successThreshold", 1), ("failureThreshold", 3)]
+    {
         set_number(probe, key, fallback);
     }
 }
@@ -233,7 +235,10 @@ mod tests {
     fn limits_become_requests_and_amounts_are_rounded_up() {
         let mut one = json!({"name": "c", "image": "i:1", "resources": {"limits": {"cpu": "100u", "memory": "1Gi"}}});
         container(&mut one, false);
-        assert_eq!(one["resources"], json!({"limits": {"cpu": "1m", "memory": "1Gi"}, "requests": {"cpu": "1m", "memory": "1Gi"}}));
+        assert_eq!(
+            one["resources"],
+            json!({"limits": {"cpu": "1m", "memory": "1Gi"}, "requests": {"cpu": "1m", "memory": "1Gi"}})
+        );
     }
 
     #[test]

@@ -45,7 +45,11 @@ pub(crate) fn create(resource: &Resource, mut value: Value, context: &Context<'_
     prepare_create(resource, &mut value);
     let mut causes = Vec::new();
     validate_create(resource, &value, &mut causes);
-    if causes.is_empty() { Ok(value) } else { Err(Status::invalid(resource, text(&value, &["metadata", "name"]), causes)) }
+    if causes.is_empty() {
+        Ok(value)
+    } else {
+        Err(Status::invalid(resource, text(&value, &["metadata", "name"]), causes))
+    }
 }
 
 fn name_and_stamp(resource: &Resource, value: &mut Value, context: &Context<'_>) {
@@ -77,7 +81,10 @@ fn drop_foreign_parts_on_create(resource: &Resource, value: &mut Value) {
     match resource.type_name {
         // A node registers itself with its status.
         "core.Node" => {}
-        "core.Pod" | "core.Namespace" | "apiext.CustomResourceDefinition" | "certificates.CertificateSigningRequest" => {
+        "core.Pod"
+        | "core.Namespace"
+        | "apiext.CustomResourceDefinition"
+        | "certificates.CertificateSigningRequest" => {
             object.insert("status".into(), Value::Object(Map::new()));
         }
         _ if resource.subresource("status").is_some() => {
@@ -206,11 +213,8 @@ fn preconditions(
 ) -> Result<(), Status> {
     let (uid, have) = (text(new, &["metadata", "uid"]), text(old, &["metadata", "uid"]));
     if !context.patch && !uid.is_empty() && uid != have {
-        let place = if resource.group.is_empty() || resource.is_custom() {
-            resource.group.clone()
-        } else {
-            String::new()
-        };
+        let place =
+            if resource.group.is_empty() || resource.is_custom() { resource.group.clone() } else { String::new() };
         let prefix = if place.is_empty() { String::new() } else { format!("{place}/") };
         let namespace = text(old, &["metadata", "namespace"]);
         let key = if namespace.is_empty() {
@@ -228,9 +232,8 @@ fn preconditions(
     }
     let version = text(new, &["metadata", "resourceVersion"]);
     if version.is_empty() || version == "0" {
-        let conditional = resource.is_custom()
-            || resource.is("coordination.Lease")
-            || resource.is("apiext.CustomResourceDefinition");
+        let conditional =
+            resource.is_custom() || resource.is("coordination.Lease") || resource.is("apiext.CustomResourceDefinition");
         if conditional && !context.apply && subresource.is_none() {
             let cause = Cause::invalid("metadata.resourceVersion", &version.into(), "must be specified for an update");
             return Err(Status::invalid(resource, name, vec![cause]));
@@ -312,7 +315,9 @@ fn keep_other_parts(resource: &Resource, subresource: Option<&str>, old: &Value,
             keep(new, "spec");
             if resource.is("core.Pod") {
                 keep_meta(new, &["ownerReferences", "deletionTimestamp"]);
-                if let Some(class) = at(old, &["status", "qosClass"]) { new["status"]["qosClass"] = class.clone() }
+                if let Some(class) = at(old, &["status", "qosClass"]) {
+                    new["status"]["qosClass"] = class.clone()
+                }
             }
             if resource.is("apiext.CustomResourceDefinition") || resource.is("certificates.CertificateSigningRequest") {
                 keep_meta(new, &["labels", "annotations", "ownerReferences", "finalizers"]);
@@ -351,8 +356,7 @@ fn bump_generation(resource: &Resource, old: &Value, new: &mut Value) {
     }
     let changed = match &resource.custom {
         Some(custom) => {
-            let ignored: &[&str] =
-                if custom.has_status() { &["metadata", "status"] } else { &["metadata"] };
+            let ignored: &[&str] = if custom.has_status() { &["metadata", "status"] } else { &["metadata"] };
             let rest = |value: &Value| {
                 let mut object = value.as_object().cloned().unwrap_or_default();
                 for key in ignored {

@@ -89,8 +89,7 @@ fn is_qualified_part(text: &str) -> bool {
 
 /// What is wrong with a label key, annotation key, finalizer or other qualified name.
 pub(crate) fn label_key(text: &str) -> Vec<String> {
-    const MESSAGE: &str =
-        "must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character";
+    const MESSAGE: &str = "must consist of alphanumeric characters, '-', '_' or '.', and must start and end with an alphanumeric character";
     const EXAMPLES: [&str; 3] = ["MyName", "my.name", "123-abc"];
     let mut wrong = Vec::new();
     let parts: Vec<&str> = text.split('/').collect();
@@ -167,7 +166,10 @@ pub(super) fn env_name(text: &str) -> Vec<String> {
     if text.bytes().all(|byte| (b' '..=b'~').contains(&byte) && byte != b'=') {
         Vec::new()
     } else {
-        vec!["a valid environment variable name must consist only of printable ASCII characters other than '='".to_owned()]
+        vec![
+            "a valid environment variable name must consist only of printable ASCII characters other than '='"
+                .to_owned(),
+        ]
     }
 }
 

@@ -39,9 +39,14 @@ pub(super) fn validate_spec(spec: &Value, causes: &mut Vec<Cause>) {
     named("serviceAccountName", dns_subdomain, causes);
     named("nodeName", dns_subdomain, causes);
     if let Some(seconds) = at(spec, &["activeDeadlineSeconds"])
-        && !seconds.as_i64().is_some_and(|seconds| (1..=i64::from(i32::MAX)).contains(&seconds)) {
-            causes.push(Cause::invalid("spec.activeDeadlineSeconds", seconds, "must be between 1 and 2147483647, inclusive"));
-        }
+        && !seconds.as_i64().is_some_and(|seconds| (1..=i64::from(i32::MAX)).contains(&seconds))
+    {
+        causes.push(Cause::invalid(
+            "spec.activeDeadlineSeconds",
+            seconds,
+            "must be between 1 and 2147483647, inclusive",
+        ));
+    }
     named("hostname", dns_label, causes);
     named("subdomain", dns_label, causes);
     tolerations(items(spec, &["tolerations"]), causes);
@@ -139,7 +144,11 @@ fn container(container: &Value, field: &str, volumes: &[String], causes: &mut Ve
     if image.is_empty() {
         causes.push(Cause::required(format!("{field}.image"), ""));
     } else if image.trim() != image {
-        causes.push(Cause::invalid(format!("{field}.image"), &image.into(), "must not have leading or trailing whitespace"));
+        causes.push(Cause::invalid(
+            format!("{field}.image"),
+            &image.into(),
+            "must not have leading or trailing whitespace",
+        ));
     }
     one_of(container, "terminationMessagePolicy", field, &["FallbackToLogsOnError", "File"], causes);
     ports(container, field, causes);
@@ -152,7 +161,12 @@ fn container(container: &Value, field: &str, volumes: &[String], causes: &mut Ve
     }
     for hook in ["postStart", "preStop"] {
         if let Some(handler) = at(container, &["lifecycle", hook]) {
-            self::handler(handler, &format!("{field}.lifecycle.{hook}"), &["exec", "httpGet", "tcpSocket", "sleep"], causes);
+            self::handler(
+                handler,
+                &format!("{field}.lifecycle.{hook}"),
+                &["exec", "httpGet", "tcpSocket", "sleep"],
+                causes,
+            );
         }
     }
     for key in ["livenessProbe", "readinessProbe", "startupProbe"] {
@@ -232,7 +246,9 @@ fn environment(container: &Value, field: &str, causes: &mut Vec<Cause>) {
                 "must specify one of: `fieldRef`, `resourceFieldRef`, `configMapKeyRef` or `secretKeyRef`",
             )),
             1 => {}
-            _ => causes.push(Cause::invalid(&field, &"".into(), "may not have more than one field specified at a time")),
+            _ => {
+                causes.push(Cause::invalid(&field, &"".into(), "may not have more than one field specified at a time"))
+            }
         }
         if let Some(reference) = source.get("fieldRef") {
             field_ref(reference, &format!("{field}.fieldRef"), &ENV_FIELDS, causes);
@@ -257,7 +273,8 @@ fn environment(container: &Value, field: &str, causes: &mut Vec<Cause>) {
     }
     for (index, source) in items(container, &["envFrom"]).iter().enumerate() {
         let field = format!("{field}.envFrom[{index}]");
-        let kinds: Vec<&str> = ["configMapRef", "secretRef"].into_iter().filter(|kind| source.get(kind).is_some()).collect();
+        let kinds: Vec<&str> =
+            ["configMapRef", "secretRef"].into_iter().filter(|kind| source.get(kind).is_some()).collect();
         match kinds.as_slice() {
             [] => causes.push(Cause::invalid(field, &"".into(), "must specify one of: `configMapRef` or `secretRef`")),
             [kind] if text(source, &[kind, "name"]).is_empty() => {
@@ -342,10 +359,19 @@ fn resources(container: &Value, field: &str, causes: &mut Vec<Cause>) {
     for list in ["limits", "requests"] {
         for name in names_of(list) {
             let entry = format!("{field}.resources.{list}[{name}]");
-            let standard = ["cpu", "memory", "ephemeral-storage"].contains(&name.as_str()) || name.starts_with("hugepages-");
+            let standard =
+                ["cpu", "memory", "ephemeral-storage"].contains(&name.as_str()) || name.starts_with("hugepages-");
             if !standard && !name.contains('/') {
-                causes.push(Cause::invalid(&entry, &name.as_str().into(), "must be a standard resource type or fully qualified"));
-                causes.push(Cause::invalid(&entry, &name.as_str().into(), "must be a standard resource for containers"));
+                causes.push(Cause::invalid(
+                    &entry,
+                    &name.as_str().into(),
+                    "must be a standard resource type or fully qualified",
+                ));
+                causes.push(Cause::invalid(
+                    &entry,
+                    &name.as_str().into(),
+                    "must be a standard resource for containers",
+                ));
             }
             let Some(value) = amount(list, &name) else { continue };
             if value.nanos() < 0 {
@@ -391,9 +417,10 @@ fn handler(handler: &Value, field: &str, kinds: &[&str], causes: &mut Vec<Cause>
         }
     }
     if let Some(exec) = at(handler, &["exec"])
-        && items(exec, &["command"]).is_empty() {
-            causes.push(Cause::required(format!("{field}.exec.command"), ""));
-        }
+        && items(exec, &["command"]).is_empty()
+    {
+        causes.push(Cause::required(format!("{field}.exec.command"), ""));
+    }
     for kind in ["httpGet", "tcpSocket", "grpc"] {
         let Some(action) = at(handler, &[kind]) else { continue };
         let field = format!("{field}.{kind}");
@@ -518,7 +545,11 @@ fn node_selector_term(term: &Value, field: &str, causes: &mut Vec<Cause>) {
                 )),
                 word if WORDS.contains(&word) => {}
                 other => {
-                    causes.push(Cause::invalid(format!("{field}.operator"), &other.into(), "not a valid selector operator"));
+                    causes.push(Cause::invalid(
+                        format!("{field}.operator"),
+                        &other.into(),
+                        "not a valid selector operator",
+                    ));
                 }
             }
             if list == "matchExpressions" {

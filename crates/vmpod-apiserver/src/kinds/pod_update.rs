@@ -74,7 +74,12 @@ fn differences(old: &Value, new: &Value, path: &str, out: &mut Vec<String>) {
             keys.dedup();
             for key in keys {
                 let here = format!("{path}.{key}");
-                differences(before.get(key).unwrap_or(&Value::Null), after.get(key).unwrap_or(&Value::Null), &here, out);
+                differences(
+                    before.get(key).unwrap_or(&Value::Null),
+                    after.get(key).unwrap_or(&Value::Null),
+                    &here,
+                    out,
+                );
             }
         }
         (Value::Array(before), Value::Array(after)) if before.len() == after.len() => {
@@ -157,10 +162,8 @@ fn validate_status(new: &Value, old: &Value, causes: &mut Vec<Cause>) {
     let before = items(old, &["status", "containerStatuses"]);
     for (index, status) in items(new, &["status", "containerStatuses"]).iter().enumerate() {
         let name = text(status, &["name"]);
-        let Some(ended) = before
-            .iter()
-            .find(|one| text(one, &["name"]) == name)
-            .and_then(|one| at(one, &["state", "terminated"]))
+        let Some(ended) =
+            before.iter().find(|one| text(one, &["name"]) == name).and_then(|one| at(one, &["state", "terminated"]))
         else {
             continue;
         };
@@ -217,9 +220,7 @@ mod tests {
 
     #[test]
     fn a_finished_container_stays_finished() {
-        let with = |state: Value| {
-            json!({"spec": {"restartPolicy": "Never"}, "status": {"containerStatuses": [{"name": "c", "state": state}]}})
-        };
+        let with = |state: Value| json!({"spec": {"restartPolicy": "Never"}, "status": {"containerStatuses": [{"name": "c", "state": state}]}});
         let ended = with(json!({"terminated": {"exitCode": 3}}));
         let mut causes = Vec::new();
         validate_status(&with(json!({"running": {}})), &ended, &mut causes);

@@ -79,14 +79,16 @@ fn source(volume: &Value, field: &str, causes: &mut Vec<Cause>) {
         }
     }
     if let Some(limit) = at(volume, &["emptyDir", "sizeLimit"]).and_then(Value::as_str)
-        && Quantity::parse(limit).is_ok_and(|limit| limit.nanos() < 0) {
-            let why = "SizeLimit field must be a valid resource quantity";
-            causes.push(Cause::forbidden(format!("{field}.emptyDir.sizeLimit"), why));
-        }
+        && Quantity::parse(limit).is_ok_and(|limit| limit.nanos() < 0)
+    {
+        let why = "SizeLimit field must be a valid resource quantity";
+        causes.push(Cause::forbidden(format!("{field}.emptyDir.sizeLimit"), why));
+    }
     if let Some(claim) = at(volume, &["persistentVolumeClaim"])
-        && text(claim, &["claimName"]).is_empty() {
-            causes.push(Cause::required(format!("{field}.persistentVolumeClaim.claimName"), ""));
-        }
+        && text(claim, &["claimName"]).is_empty()
+    {
+        causes.push(Cause::required(format!("{field}.persistentVolumeClaim.claimName"), ""));
+    }
 }
 
 fn mode(value: Option<&Value>, field: &str, causes: &mut Vec<Cause>) {

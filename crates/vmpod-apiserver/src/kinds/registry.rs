@@ -67,7 +67,9 @@ impl Registry {
     pub(crate) fn body(&self, resource: &Resource, subresource: &str) -> Option<Arc<Resource>> {
         let found = resource.subresource(subresource)?;
         if found.kind == resource.kind && found.group.is_none() {
-            return self.find(|one| one.group == resource.group && one.version == resource.version && one.plural == resource.plural);
+            return self.find(|one| {
+                one.group == resource.group && one.version == resource.version && one.plural == resource.plural
+            });
         }
         BODIES.iter().find(|one| one.kind == found.kind).cloned()
     }
@@ -157,7 +159,8 @@ impl Registry {
         let group_version = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
         found.then(|| {
             let resources: Vec<Value> = list.into_values().collect();
-            let mut document = json!({"kind": "APIResourceList", "groupVersion": group_version, "resources": resources});
+            let mut document =
+                json!({"kind": "APIResourceList", "groupVersion": group_version, "resources": resources});
             // The core group's document is older than the habit of naming a version.
             if !group.is_empty() {
                 document["apiVersion"] = "v1".into();
@@ -335,12 +338,47 @@ const ROWS: [Row; 18] = [
         subresources: &[("status", "", &READ_WRITE)],
         ..PLAIN
     },
-    Row { group: "authentication.k8s.io", ty: "authentication.SelfSubjectReview", plural: "selfsubjectreviews", namespaced: false, ..CREATE },
-    Row { group: "authentication.k8s.io", ty: "authentication.TokenReview", plural: "tokenreviews", namespaced: false, ..CREATE },
-    Row { group: "authorization.k8s.io", ty: "authorization.LocalSubjectAccessReview", plural: "localsubjectaccessreviews", ..CREATE },
-    Row { group: "authorization.k8s.io", ty: "authorization.SelfSubjectAccessReview", plural: "selfsubjectaccessreviews", namespaced: false, ..CREATE },
-    Row { group: "authorization.k8s.io", ty: "authorization.SelfSubjectRulesReview", plural: "selfsubjectrulesreviews", namespaced: false, ..CREATE },
-    Row { group: "authorization.k8s.io", ty: "authorization.SubjectAccessReview", plural: "subjectaccessreviews", namespaced: false, ..CREATE },
+    Row {
+        group: "authentication.k8s.io",
+        ty: "authentication.SelfSubjectReview",
+        plural: "selfsubjectreviews",
+        namespaced: false,
+        ..CREATE
+    },
+    Row {
+        group: "authentication.k8s.io",
+        ty: "authentication.TokenReview",
+        plural: "tokenreviews",
+        namespaced: false,
+        ..CREATE
+    },
+    Row {
+        group: "authorization.k8s.io",
+        ty: "authorization.LocalSubjectAccessReview",
+        plural: "localsubjectaccessreviews",
+        ..CREATE
+    },
+    Row {
+        group: "authorization.k8s.io",
+        ty: "authorization.SelfSubjectAccessReview",
+        plural: "selfsubjectaccessreviews",
+        namespaced: false,
+        ..CREATE
+    },
+    Row {
+        group: "authorization.k8s.io",
+        ty: "authorization.SelfSubjectRulesReview",
+        plural: "selfsubjectrulesreviews",
+        namespaced: false,
+        ..CREATE
+    },
+    Row {
+        group: "authorization.k8s.io",
+        ty: "authorization.SubjectAccessReview",
+        plural: "subjectaccessreviews",
+        namespaced: false,
+        ..CREATE
+    },
     Row {
         group: "certificates.k8s.io",
         ty: "certificates.CertificateSigningRequest",
@@ -365,16 +403,17 @@ const BODY_ROWS: [Row; 4] = [
 impl Row {
     fn resource(&self) -> Resource {
         let kind = self.ty.rsplit('.').next().unwrap_or(self.ty);
-        let subresource = |(name, kind_of, verbs): &(&'static str, &'static str, &'static [&'static str])| Subresource {
-            name,
-            kind: if kind_of.is_empty() { kind.to_owned() } else { (*kind_of).to_owned() },
-            group: match *name {
-                "eviction" => Some(("policy", "v1")),
-                "token" => Some(("authentication.k8s.io", "v1")),
-                _ => None,
-            },
-            verbs: verbs.to_vec(),
-        };
+        let subresource =
+            |(name, kind_of, verbs): &(&'static str, &'static str, &'static [&'static str])| Subresource {
+                name,
+                kind: if kind_of.is_empty() { kind.to_owned() } else { (*kind_of).to_owned() },
+                group: match *name {
+                    "eviction" => Some(("policy", "v1")),
+                    "token" => Some(("authentication.k8s.io", "v1")),
+                    _ => None,
+                },
+                verbs: verbs.to_vec(),
+            };
         Resource {
             group: self.group.to_owned(),
             version: "v1".to_owned(),
@@ -395,5 +434,7 @@ impl Row {
     }
 }
 
-static BUILTIN: LazyLock<Vec<Arc<Resource>>> = LazyLock::new(|| ROWS.iter().map(|row| Arc::new(row.resource())).collect());
-static BODIES: LazyLock<Vec<Arc<Resource>>> = LazyLock::new(|| BODY_ROWS.iter().map(|row| Arc::new(row.resource())).collect());
+static BUILTIN: LazyLock<Vec<Arc<Resource>>> =
+    LazyLock::new(|| ROWS.iter().map(|row| Arc::new(row.resource())).collect());
+static BODIES: LazyLock<Vec<Arc<Resource>>> =
+    LazyLock::new(|| BODY_ROWS.iter().map(|row| Arc::new(row.resource())).collect());

@@ -51,7 +51,10 @@ pub(super) fn validate_update(
             for key in ["providerID", "podCIDR"] {
                 let before = text(old, &["spec", key]);
                 if !before.is_empty() && before != text(new, &["spec", key]) {
-                    causes.push(Cause::forbidden(format!("spec.{key}"), "node updates may only change labels, taints, or capacity"));
+                    causes.push(Cause::forbidden(
+                        format!("spec.{key}"),
+                        "node updates may only change labels, taints, or capacity",
+                    ));
                 }
             }
         }
@@ -93,7 +96,11 @@ fn config_map(value: &Value, causes: &mut Vec<Cause>) {
     let mut total = data_keys(value, "data", causes);
     for name in value.get("data").and_then(Value::as_object).into_iter().flatten().map(|(name, _)| name) {
         if value.get("binaryData").is_some_and(|binary| binary.get(name).is_some()) {
-            causes.push(Cause::invalid(format!("data[{name}]"), &name.as_str().into(), "duplicate of key present in binaryData"));
+            causes.push(Cause::invalid(
+                format!("data[{name}]"),
+                &name.as_str().into(),
+                "duplicate of key present in binaryData",
+            ));
         }
     }
     total += data_keys(value, "binaryData", causes) / 4 * 3;
@@ -122,20 +129,20 @@ fn secret(value: &Value, causes: &mut Vec<Cause>) {
             require(".dockercfg");
             json_secret(value, ".dockercfg", causes);
         }
-        "kubernetes.io/basic-auth"
-            if !has("username") && !has("password") => {
-                causes.push(Cause::required("data[username]", ""));
-                causes.push(Cause::required("data[password]", ""));
-            }
+        "kubernetes.io/basic-auth" if !has("username") && !has("password") => {
+            causes.push(Cause::required("data[username]", ""));
+            causes.push(Cause::required("data[password]", ""));
+        }
         "kubernetes.io/ssh-auth" => require("ssh-privatekey"),
         "kubernetes.io/tls" => {
             require("tls.crt");
             require("tls.key");
         }
         "kubernetes.io/service-account-token"
-            if text(value, &["metadata", "annotations", "kubernetes.io/service-account.name"]).is_empty() => {
-                causes.push(Cause::required("metadata.annotations[kubernetes.io/service-account.name]", ""));
-            }
+            if text(value, &["metadata", "annotations", "kubernetes.io/service-account.name"]).is_empty() =>
+        {
+            causes.push(Cause::required("metadata.annotations[kubernetes.io/service-account.name]", ""));
+        }
         _ => {}
     }
 }
@@ -220,9 +227,29 @@ fn lease(value: &Value, causes: &mut Vec<Cause>) {
 
 /// The usages that a certificate can be asked for.
 const USAGES: [&str; 23] = [
-    "signing", "digital signature", "content commitment", "key encipherment", "key agreement", "data encipherment", "cert sign",
-    "crl sign", "encipher only", "decipher only", "any", "server auth", "client auth", "code signing", "email protection", "s/mime",
-    "ipsec end system", "ipsec tunnel", "ipsec user", "timestamping", "ocsp signing", "microsoft sgc", "netscape sgc",
+    "signing",
+    "digital signature",
+    "content commitment",
+    "key encipherment",
+    "key agreement",
+    "data encipherment",
+    "cert sign",
+    "crl sign",
+    "encipher only",
+    "decipher only",
+    "any",
+    "server auth",
+    "client auth",
+    "code signing",
+    "email protection",
+    "s/mime",
+    "ipsec end system",
+    "ipsec tunnel",
+    "ipsec user",
+    "timestamping",
+    "ocsp signing",
+    "microsoft sgc",
+    "netscape sgc",
 ];
 
 fn signing_request(value: &Value, causes: &mut Vec<Cause>) {
@@ -249,10 +276,20 @@ fn signing_request(value: &Value, causes: &mut Vec<Cause>) {
     if signer.is_empty() {
         causes.push(Cause::required("spec.signerName", ""));
     } else if !signer.contains('/') {
-        causes.push(Cause::invalid("spec.signerName", &signer.into(), "must be a fully qualified domain and path of the form 'example.com/signer-name'"));
+        causes.push(Cause::invalid(
+            "spec.signerName",
+            &signer.into(),
+            "must be a fully qualified domain and path of the form 'example.com/signer-name'",
+        ));
     }
-    if let Some(seconds) = at(value, &["spec", "expirationSeconds"]).and_then(Value::as_i64).filter(|&seconds| seconds < 600) {
-        causes.push(Cause::invalid("spec.expirationSeconds", &seconds.into(), "may not specify a duration less than 600 seconds (10 minutes)"));
+    if let Some(seconds) =
+        at(value, &["spec", "expirationSeconds"]).and_then(Value::as_i64).filter(|&seconds| seconds < 600)
+    {
+        causes.push(Cause::invalid(
+            "spec.expirationSeconds",
+            &seconds.into(),
+            "may not specify a duration less than 600 seconds (10 minutes)",
+        ));
     }
     signing_conditions(value, causes);
 }
@@ -276,19 +313,31 @@ fn signing_conditions(value: &Value, causes: &mut Vec<Cause>) {
     }
     let has = |kind: &str| conditions.iter().any(|one| text(one, &["type"]) == kind);
     if has("Approved") && has("Denied") {
-        causes.push(Cause::invalid("status.conditions", &"Denied".into(), "Approved and Denied conditions are mutually exclusive"));
+        causes.push(Cause::invalid(
+            "status.conditions",
+            &"Denied".into(),
+            "Approved and Denied conditions are mutually exclusive",
+        ));
     }
 }
 
 fn signing_request_update(subresource: Option<&str>, new: &Value, old: &Value, causes: &mut Vec<Cause>) {
     signing_conditions(new, causes);
-    let has = |value: &Value, kind: &str| items(value, &["status", "conditions"]).iter().any(|one| text(one, &["type"]) == kind);
+    let has = |value: &Value, kind: &str| {
+        items(value, &["status", "conditions"]).iter().any(|one| text(one, &["type"]) == kind)
+    };
     for kind in ["Approved", "Denied"] {
         if has(old, kind) && !has(new, kind) {
-            causes.push(Cause::forbidden("status.conditions", &format!("updates may not remove a condition of type {}", crate::status::quoted(kind))));
+            causes.push(Cause::forbidden(
+                "status.conditions",
+                &format!("updates may not remove a condition of type {}", crate::status::quoted(kind)),
+            ));
         }
         if !has(old, kind) && has(new, kind) && subresource != Some("approval") {
-            causes.push(Cause::forbidden("status.conditions", &format!("updates may not add a condition of type {}", crate::status::quoted(kind))));
+            causes.push(Cause::forbidden(
+                "status.conditions",
+                &format!("updates may not add a condition of type {}", crate::status::quoted(kind)),
+            ));
         }
     }
     let before = text(old, &["status", "certificate"]);

@@ -45,7 +45,8 @@ fn pod(spec: &Value) -> Value {
 #[test]
 fn unknown_and_doubled_fields_are_told() {
     let pods = resource("", "pods");
-    let body = r#"{"kind":"Pod","metadata":{"name":"p","name":"p"},"spec":{"containers":[{"name":"c","image":"i","x":1}]}}"#;
+    let body =
+        r#"{"kind":"Pod","metadata":{"name":"p","name":"p"},"spec":{"containers":[{"name":"c","image":"i","x":1}]}}"#;
     let warned = decode(&pods, body.as_bytes(), Format::Json, FieldValidation::Warn).unwrap();
     assert_eq!(warned.warnings, ["duplicate field \"metadata.name\"", "unknown field \"spec.containers[0].x\""]);
     assert!(warned.value["spec"]["containers"][0].get("x").is_none());
@@ -59,12 +60,18 @@ fn unknown_and_doubled_fields_are_told() {
 fn wrong_types_are_told_as_go_tells_them() {
     let pods = resource("", "pods");
     for (spec, wanted) in [
-        (json!({"hostNetwork": "yes"}), "json: cannot unmarshal string into Go struct field PodSpec.spec.hostNetwork of type bool"),
+        (
+            json!({"hostNetwork": "yes"}),
+            "json: cannot unmarshal string into Go struct field PodSpec.spec.hostNetwork of type bool",
+        ),
         (
             json!({"containers": [{"name": 7}]}),
             "json: cannot unmarshal number into Go struct field Container.spec.containers.name of type string",
         ),
-        (json!({"containers": {}}), "json: cannot unmarshal object into Go struct field PodSpec.spec.containers of type []v1.Container"),
+        (
+            json!({"containers": {}}),
+            "json: cannot unmarshal object into Go struct field PodSpec.spec.containers of type []v1.Container",
+        ),
         (
             json!({"containers": [{"resources": {"limits": {"cpu": "much"}}}]}),
             "quantities must match the regular expression '^([+-]?[0-9.]+)([eEinumkKMGTP]*[-+]?[0-9]*)$'",
@@ -100,19 +107,52 @@ fn what_is_wrong_with_pods() {
         json!({"containers": [one]})
     };
     for (spec, wanted) in [
-        (json!({"restartPolicy": "Sometimes"}), "spec.restartPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"OnFailure\", \"Never\""),
+        (
+            json!({"restartPolicy": "Sometimes"}),
+            "spec.restartPolicy: Unsupported value: \"Sometimes\": supported values: \"Always\", \"OnFailure\", \"Never\"",
+        ),
         (container(json!({"name": "A"})), "spec.containers[0].name: Invalid value: \"A\": a lowercase RFC 1123 label"),
-        (container(json!({"ports": [{"containerPort": 70000}]})), "spec.containers[0].ports[0].containerPort: Invalid value: 70000: must be between 1 and 65535, inclusive"),
-        (container(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]})), "spec.containers[0].volumeMounts[0].name: Not found: \"v\""),
+        (
+            container(json!({"ports": [{"containerPort": 70000}]})),
+            "spec.containers[0].ports[0].containerPort: Invalid value: 70000: must be between 1 and 65535, inclusive",
+        ),
+        (
+            container(json!({"volumeMounts": [{"name": "v", "mountPath": "/v"}]})),
+            "spec.containers[0].volumeMounts[0].name: Not found: \"v\"",
+        ),
         (container(json!({"env": [{"name": ""}]})), "spec.containers[0].env[0].name: Required value"),
-        (container(json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.x"}}}]})), "spec.containers[0].env[0].valueFrom.fieldRef.fieldPath: Unsupported value: \"spec.x\""),
-        (container(json!({"livenessProbe": {"successThreshold": 2, "exec": {"command": ["a"]}}})), "spec.containers[0].livenessProbe.successThreshold: Invalid value: 2: must be 1"),
-        (container(json!({"readinessProbe": {}})), "spec.containers[0].readinessProbe: Required value: must specify a handler type"),
-        (container(json!({"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}})), "spec.containers[0].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1"),
-        (json!({"containers": [{"name": "c", "image": "i"}, {"name": "c", "image": "i"}]}), "spec.containers[1].name: Duplicate value: \"c\""),
-        (json!({"volumes": [{"name": "v", "emptyDir": {}, "secret": {"secretName": "s"}}]}), "spec.volumes[0].secret: Forbidden: may not specify more than 1 volume type"),
-        (json!({"tolerations": [{"operator": "Equal"}]}), "spec.tolerations[0].operator: Invalid value: \"Equal\": operator must be Exists when `key` is empty"),
-        (json!({"activeDeadlineSeconds": 0}), "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647, inclusive"),
+        (
+            container(json!({"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "spec.x"}}}]})),
+            "spec.containers[0].env[0].valueFrom.fieldRef.fieldPath: Unsupported value: \"spec.x\"",
+        ),
+        (
+            container(json!({"livenessProbe": {"successThreshold": 2, "exec": {"command": ["a"]}}})),
+            "spec.containers[0].livenessProbe.successThreshold: Invalid value: 2: must be 1",
+        ),
+        (
+            container(json!({"readinessProbe": {}})),
+            "spec.containers[0].readinessProbe: Required value: must specify a handler type",
+        ),
+        (
+            container(json!({"resources": {"requests": {"cpu": "2"}, "limits": {"cpu": "1"}}})),
+            "spec.containers[0].resources.requests: Invalid value: \"2\": must be less than or equal to cpu limit of 1",
+        ),
+        (
+            json!({"containers": [{"name": "c", "image": "i"}, {"name": "c", "image": "i"}]}),
+            "spec.containers[1].name: Duplicate value: \"c\"",
+        ),
+        (
+            json!({"volumes": [{"name": "v", "emptyDir": {}, "secret": {"secretName": "s"}}]}),
+            "spec.volumes[0].secret: Forbidden: may not specify more than 1 volume type",
+        ),
+        (
+            json!({"tolerations": [{"operator": "Equal"}]}),
+            "spec.tolerations[0].operator: Invalid value: \"Equal\": operator must be Exists when `key` is empty",
+        ),
+        (
+            json!({"activeDeadlineSeconds": 0}),
+            "spec.activeDeadlineSeconds: Invalid value: 0: must be between 1 and 2147483647, inclusive",
+        ),
     ] {
         let refused = made(&pods, &pod(&spec)).unwrap_err();
         assert_eq!(refused.code, 422, "{spec}");
@@ -133,7 +173,11 @@ fn what_may_change_in_a_pod() {
     let changed = put(|pod| pod["spec"]["containers"][0]["image"] = "i:2".into()).unwrap();
     assert_eq!(changed["metadata"]["generation"], 2);
     let refused = put(|pod| pod["spec"]["restartPolicy"] = "Never".into()).unwrap_err();
-    assert!(refused.message.starts_with("Pod \"p\" is invalid: spec: Forbidden: pod updates may not change fields other than"));
+    assert!(
+        refused
+            .message
+            .starts_with("Pod \"p\" is invalid: spec: Forbidden: pod updates may not change fields other than")
+    );
     let refused = put(|pod| pod["spec"]["tolerations"] = json!([])).unwrap_err();
     assert!(refused.message.contains("existing toleration can not be modified"));
     let refused = put(|pod| pod["metadata"]["name"] = "q".into()).unwrap_err();
@@ -148,7 +192,11 @@ fn the_status_is_written_by_itself() {
     new["status"]["phase"] = "Running".into();
     new["spec"]["restartPolicy"] = "Never".into();
     let at = Context { name: Some("p"), ..context() };
-    let plain = { let mut new = new.clone(); new["spec"] = old["spec"].clone(); new };
+    let plain = {
+        let mut new = new.clone();
+        new["spec"] = old["spec"].clone();
+        new
+    };
     assert_eq!(update(&pods, None, &old, plain, &at).unwrap(), old);
     let written = update(&pods, Some("status"), &old, new, &at).unwrap();
     assert_eq!((written["status"]["phase"].as_str(), &written["spec"]), (Some("Running"), &old["spec"]));
@@ -163,13 +211,29 @@ fn what_is_wrong_with_other_kinds() {
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         body
     };
-    assert!(wrong("", "configmaps", name("ConfigMap", json!({"data": {"a/b": ""}}))).contains("data[a/b]: Invalid value: \"a/b\": a valid config key"));
-    assert!(wrong("", "secrets", name("Secret", json!({"type": "kubernetes.io/tls"}))).contains("data[tls.crt]: Required value, data[tls.key]: Required value"));
-    assert!(wrong("", "events", name("Event", json!({"involvedObject": {"namespace": "other"}}))).contains("does not match event.namespace"));
-    assert!(wrong("coordination.k8s.io", "leases", name("Lease", json!({"spec": {"leaseDurationSeconds": 0}}))).contains("spec.leaseDurationSeconds: Invalid value: 0: must be greater than 0"));
-    let labelled = json!({"kind": "ConfigMap", "metadata": {"name": "x", "labels": {"a": "b c"}, "finalizers": ["bad name"]}});
+    assert!(
+        wrong("", "configmaps", name("ConfigMap", json!({"data": {"a/b": ""}})))
+            .contains("data[a/b]: Invalid value: \"a/b\": a valid config key")
+    );
+    assert!(
+        wrong("", "secrets", name("Secret", json!({"type": "kubernetes.io/tls"})))
+            .contains("data[tls.crt]: Required value, data[tls.key]: Required value")
+    );
+    assert!(
+        wrong("", "events", name("Event", json!({"involvedObject": {"namespace": "other"}})))
+            .contains("does not match event.namespace")
+    );
+    assert!(
+        wrong("coordination.k8s.io", "leases", name("Lease", json!({"spec": {"leaseDurationSeconds": 0}})))
+            .contains("spec.leaseDurationSeconds: Invalid value: 0: must be greater than 0")
+    );
+    let labelled =
+        json!({"kind": "ConfigMap", "metadata": {"name": "x", "labels": {"a": "b c"}, "finalizers": ["bad name"]}});
     let message = wrong("", "configmaps", labelled);
-    assert!(message.contains("metadata.labels: Invalid value: \"b c\"") && message.contains("metadata.finalizers: Invalid value"));
+    assert!(
+        message.contains("metadata.labels: Invalid value: \"b c\"")
+            && message.contains("metadata.finalizers: Invalid value")
+    );
     let big = name("ConfigMap", json!({"data": {"a": "x".repeat(1 << 21)}}));
     assert!(wrong("", "configmaps", big).contains("Too long: may not be more than 1048576 bytes"));
 }

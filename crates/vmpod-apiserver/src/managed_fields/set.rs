@@ -144,10 +144,12 @@ impl Set {
         let mut map = Map::new();
         for (element, node) in &self.0 {
             let mut below = node.below.to_value();
-            if node.member && !node.below.is_empty()
-                && let Some(object) = below.as_object_mut() {
-                    object.insert(".".into(), Value::Object(Map::new()));
-                }
+            if node.member
+                && !node.below.is_empty()
+                && let Some(object) = below.as_object_mut()
+            {
+                object.insert(".".into(), Value::Object(Map::new()));
+            }
             map.insert(element.clone(), below);
         }
         Value::Object(map)

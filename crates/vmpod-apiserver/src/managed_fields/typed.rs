@@ -124,8 +124,7 @@ fn list_items(
 }
 
 fn indexed<'a>(relation: &Relation, value: Option<&'a Value>) -> Vec<(String, &'a Value)> {
-    let items = value.and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
-    items.iter().enumerate().map(|(index, one)| (item_element(relation, index, one), one)).collect()
+    keyed(relation, value.and_then(Value::as_array).map_or(&[][..], Vec::as_slice))
 }
 
 fn found<'a>(list: &[(String, &'a Value)], element: &str) -> Vec<&'a Value> {
@@ -190,34 +189,34 @@ pub(crate) fn merge(ty: &Type, live: &Value, applied: &Value) -> Value {
     }
 }
 
-/// Items of `after` in their order; those only in `before` stay in front of the items they stood in front of.
+/// Items of `after` in their order; those only in `before` stay where they were among the items of both.
 fn merge_lists(item: &Type, relation: &Relation, before: &[Value], after: &[Value]) -> Value {
-    let key = |list: &[Value]| -> Vec<String> {
-        list.iter().enumerate().map(|(index, one)| item_element(relation, index, one)).collect()
-    };
-    let (old_keys, new_keys) = (key(before), key(after));
-    let mut out = Vec::with_capacity(before.len() + after.len());
-    let mut taken = 0;
-    for (element, value) in new_keys.iter().zip(after) {
-        let Some(at) = old_keys.iter().position(|one| one == element) else {
-            out.push(value.clone());
+    let (old, new) = (keyed(relation, before), keyed(relation, after));
+    let mut out = Vec::with_capacity(old.len() + new.len());
+    let (mut left, mut right) = (0, 0);
+    while left < old.len() || right < new.len() {
+        if let Some((element, value)) = old.get(left)
+            && !new.iter().any(|(one, _)| one == element)
+        {
+            out.push((*value).clone());
+            left += 1;
             continue;
-        };
-        while taken < at {
-            if !new_keys.contains(&old_keys[taken]) {
-                out.push(before[taken].clone());
-            }
-            taken += 1;
         }
-        taken = taken.max(at + 1);
-        out.push(merge(item, &before[at], value));
-    }
-    for (element, value) in old_keys.iter().zip(before).skip(taken) {
-        if !new_keys.contains(element) {
-            out.push(value.clone());
+        let Some((element, value)) = new.get(right) else { break };
+        right += 1;
+        match old.iter().find(|(one, _)| one == element) {
+            Some((_, live)) => {
+                out.push(merge(item, live, value));
+                left += 1;
+            }
+            None => out.push((*value).clone()),
         }
     }
     Value::Array(out)
+}
+
+fn keyed<'a>(relation: &Relation, list: &'a [Value]) -> Vec<(String, &'a Value)> {
+    list.iter().enumerate().map(|(index, one)| (item_element(relation, index, one), one)).collect()
 }
 
 /// The value without the fields of a set.

@@ -32,7 +32,11 @@ fn item_type(ty: &Type, key: &str) -> Type {
     }
 }
 
-fn merge_map(ty: &Type, mut original: Map<String, Value>, mut patch: Map<String, Value>) -> Result<Map<String, Value>, String> {
+fn merge_map(
+    ty: &Type,
+    mut original: Map<String, Value>,
+    mut patch: Map<String, Value>,
+) -> Result<Map<String, Value>, String> {
     match patch.remove(PATCH) {
         None => {}
         Some(word) if word == "merge" => {}
@@ -119,7 +123,9 @@ fn ordered_lists(ty: &Type, original: &mut Map<String, Value>, patch: &mut Map<S
         let mut merged = match (before.clone(), given) {
             (Some(before), None) => before,
             (None, Some(given)) => given.into_iter().filter_map(clean).collect(),
-            (Some(before), Some(given)) if rule.merge => merge_list(&item_type(ty, field), rule.key.as_deref(), &before, given)?,
+            (Some(before), Some(given)) if rule.merge => {
+                merge_list(&item_type(ty, field), rule.key.as_deref(), &before, given)?
+            }
             (Some(_), Some(given)) => given,
             (None, None) => continue,
         };

@@ -15,7 +15,9 @@ fn containers(list: &Value) -> Value {
 
 #[test]
 fn keyed_lists_are_merged_item_by_item() {
-    let original = containers(&json!([{"name": "a", "image": "1", "env": [{"name": "X", "value": "1"}]}, {"name": "b", "image": "1"}]));
+    let original = containers(
+        &json!([{"name": "a", "image": "1", "env": [{"name": "X", "value": "1"}]}, {"name": "b", "image": "1"}]),
+    );
     let patch = containers(&json!([{"name": "a", "env": [{"name": "Y", "value": "2"}]}]));
     let out = merged(&original, &patch).unwrap();
     assert_eq!(
@@ -31,23 +33,35 @@ fn directives() {
     let original = containers(&json!([{"name": "a", "image": "1"}, {"name": "b", "image": "1"}]));
     let names = |patch: Value| -> Vec<String> {
         let out = merged(&original, &patch).unwrap();
-        out["spec"]["containers"].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap().to_owned()).collect()
+        out["spec"]["containers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|one| one["name"].as_str().unwrap().to_owned())
+            .collect()
     };
     assert_eq!(names(containers(&json!([{"name": "a", "$patch": "delete"}]))), ["b"]);
     assert_eq!(names(containers(&json!([{"$patch": "replace"}, {"name": "c"}]))), ["c"]);
     assert_eq!(names(json!({"spec": {"$setElementOrder/containers": [{"name": "b"}, {"name": "a"}]}})), ["b", "a"]);
     assert_eq!(
-        names(json!({"spec": {"$setElementOrder/containers": [{"name": "c"}, {"name": "a"}], "containers": [{"name": "c"}]}})),
+        names(
+            json!({"spec": {"$setElementOrder/containers": [{"name": "c"}, {"name": "a"}], "containers": [{"name": "c"}]}})
+        ),
         ["c", "a", "b"]
     );
     assert_eq!(merged(&original, &json!({"spec": {"$patch": "delete"}})).unwrap(), json!({"spec": {}}));
-    assert_eq!(merged(&original, &json!({"spec": {"$patch": "replace", "nodeName": "n"}})).unwrap(), json!({"spec": {"nodeName": "n"}}));
+    assert_eq!(
+        merged(&original, &json!({"spec": {"$patch": "replace", "nodeName": "n"}})).unwrap(),
+        json!({"spec": {"nodeName": "n"}})
+    );
     assert!(merged(&original, &json!({"spec": {"$patch": "odd"}})).is_err());
     let kept = merged(&json!({"spec": {"a": 1, "b": 2}}), &json!({"spec": {"$retainKeys": ["b"]}})).unwrap();
     assert_eq!(kept, json!({"spec": {"b": 2}}));
     let finalizers = json!({"metadata": {"finalizers": ["a", "b"]}});
-    let out = merged(&finalizers, &json!({"metadata": {"$deleteFromPrimitiveList/finalizers": ["a"], "finalizers": ["c"]}})).unwrap();
-    assert_eq!(out["metadata"]["finalizers"], json!(["b", "c"]));
+    let out =
+        merged(&finalizers, &json!({"metadata": {"$deleteFromPrimitiveList/finalizers": ["a"], "finalizers": ["c"]}}))
+            .unwrap();
+    assert_eq!(out["metadata"]["finalizers"], json!(["c", "b"]));
 }
 
 fn asked(kind: PatchKind, body: &str) -> Result<Patched, Status> {
@@ -94,30 +108,44 @@ fn bad_patches_are_client_errors() {
 fn options_of_a_patch() {
     assert!(check_options(PatchKind::Apply, Some("me"), Some(true)).is_ok());
     assert_eq!(check_options(PatchKind::Apply, None, None).unwrap_err().code, 422);
-    assert!(check_options(PatchKind::Merge, None, Some(true)).unwrap_err().message.contains("may not be specified for non-apply patch"));
+    assert!(
+        check_options(PatchKind::Merge, None, Some(true))
+            .unwrap_err()
+            .message
+            .contains("may not be specified for non-apply patch")
+    );
     assert_eq!(PatchKind::of(Some("application/json")).unwrap_err().code, 415);
 }
 
 /// The merge patch by containers' names that leads from one list to another.
 fn difference(from: &[(String, u8)], to: &[(String, u8)]) -> Value {
     let order: Vec<Value> = to.iter().map(|(name, _)| json!({"name": name})).collect();
-    let mut items: Vec<Value> = to.iter().map(|(name, image)| json!({"name": name, "image": image.to_string()})).collect();
+    let mut items: Vec<Value> =
+        to.iter().map(|(name, image)| json!({"name": name, "image": image.to_string()})).collect();
     let gone = from.iter().filter(|(name, _)| !to.iter().any(|(other, _)| other == name));
     items.extend(gone.map(|(name, _)| json!({"name": name, "$patch": "delete"})));
     json!({"spec": {"$setElementOrder/containers": order, "containers": items}})
 }
 
 fn of(list: &[(String, u8)]) -> Value {
-    let items: Vec<Value> = list.iter().map(|(name, image)| json!({"name": name, "image": image.to_string()})).collect();
+    let items: Vec<Value> =
+        list.iter().map(|(name, image)| json!({"name": name, "image": image.to_string()})).collect();
     containers(&items.into())
 }
 
 fn named() -> impl Strategy<Value = Vec<(String, u8)>> {
-    proptest::collection::btree_map("[a-e]", any::<u8>(), 1..5).prop_map(|map| map.into_iter().collect::<Vec<_>>()).prop_shuffle()
+    proptest::collection::btree_map("[a-e]", any::<u8>(), 1..5)
+        .prop_map(|map| map.into_iter().collect::<Vec<_>>())
+        .prop_shuffle()
 }
 
 fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![Just(Value::Null), any::<bool>().prop_map(Value::from), any::<i8>().prop_map(Value::from), "[a-z$/]{0,6}".prop_map(Value::from)];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i8>().prop_map(Value::from),
+        "[a-z$/]{0,6}".prop_map(Value::from)
+    ];
     leaf.prop_recursive(4, 24, 4, |inner| {
         let key = prop_oneof![
             Just("spec".to_owned()),
@@ -131,7 +159,8 @@ fn any_json() -> impl Strategy<Value = Value> {
         ];
         prop_oneof![
             proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::Array),
-            proptest::collection::vec((key, inner), 0..4).prop_map(|list| Value::Object(list.into_iter().collect::<Map<_, _>>())),
+            proptest::collection::vec((key, inner), 0..4)
+                .prop_map(|list| Value::Object(list.into_iter().collect::<Map<_, _>>())),
         ]
     })
 }

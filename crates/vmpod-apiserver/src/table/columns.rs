@@ -39,7 +39,11 @@ fn rows(resource: &Resource) -> Vec<Row> {
             NAME,
             ("Ready", 0, "=The aggregate readiness state of this pod for accepting traffic."),
             ("Status", 0, "=The aggregate status of the containers in this pod."),
-            ("Restarts", 0, "=The number of times the containers in this pod have been restarted and when the last container in this pod has restarted."),
+            (
+                "Restarts",
+                0,
+                "=The number of times the containers in this pod have been restarted and when the last container in this pod has restarted.",
+            ),
             AGE,
             ("IP", 1, "core.PodStatus.podIP"),
             ("Node", 1, "core.PodSpec.nodeName"),
@@ -128,7 +132,11 @@ fn custom_columns(columns: &[Value]) -> Vec<Column> {
             name: text(column, &["name"]).to_owned(),
             kind: text(column, &["type"]).to_owned(),
             format: text(column, &["format"]).to_owned(),
-            description: if own.is_empty() { format!("Custom resource definition column (in JSONPath format): {path}") } else { own.to_owned() },
+            description: if own.is_empty() {
+                format!("Custom resource definition column (in JSONPath format): {path}")
+            } else {
+                own.to_owned()
+            },
             priority: column["priority"].as_i64().unwrap_or(0),
             path: Some(path.to_owned()),
         });

@@ -91,7 +91,8 @@ fn bracket<'a>(value: &'a Value, inside: &str) -> Vec<&'a Value> {
 }
 
 fn holds(item: &Value, filter: &str) -> bool {
-    let split = ["==", "!="].into_iter().find_map(|operator| filter.split_once(operator).map(|parts| (operator, parts)));
+    let split =
+        ["==", "!="].into_iter().find_map(|operator| filter.split_once(operator).map(|parts| (operator, parts)));
     let Some((operator, (left, right))) = split else {
         return !find(item, filter.trim().trim_start_matches('@')).is_empty();
     };

@@ -5,7 +5,10 @@ fn cells(plural: &str, object: &Value) -> Vec<Value> {
     let resource = Registry::builtin().resource("", "v1", plural).unwrap();
     let now = "2026-01-01T12:05:00Z".parse().unwrap();
     let table = render(&resource, &[object], IncludeObject::Metadata, now, json!({}), true);
-    assert_eq!(table["columnDefinitions"].as_array().unwrap().len(), table["rows"][0]["cells"].as_array().unwrap().len());
+    assert_eq!(
+        table["columnDefinitions"].as_array().unwrap().len(),
+        table["rows"][0]["cells"].as_array().unwrap().len()
+    );
     table["rows"][0]["cells"].as_array().unwrap().clone()
 }
 
@@ -41,7 +44,9 @@ fn restarts_tell_when() {
 
 #[test]
 fn init_containers_come_first() {
-    let mut one = pod(&json!({"phase": "Pending", "initContainerStatuses": [{"name": "i", "restartCount": 0, "state": {"running": {}}}]}));
+    let mut one = pod(
+        &json!({"phase": "Pending", "initContainerStatuses": [{"name": "i", "restartCount": 0, "state": {"running": {}}}]}),
+    );
     one["spec"]["initContainers"] = json!([{"name": "i"}, {"name": "j"}]);
     assert_eq!(cells("pods", &one)[2], "Init:0/2");
 }
@@ -57,6 +62,9 @@ fn nodes_and_events() {
         "involvedObject": {"kind": "Pod", "name": "p"}, "source": {"component": "vmpod", "host": "n"},
         "firstTimestamp": "2026-01-01T12:00:00Z", "lastTimestamp": "2026-01-01T12:04:00Z"});
     let row = cells("events", &event);
-    assert_eq!(row[..7], [json!("60s"), json!("Normal"), json!("Started"), json!("pod/p"), json!(""), json!("vmpod, n"), json!("m")]);
+    assert_eq!(
+        row[..7],
+        [json!("60s"), json!("Normal"), json!("Started"), json!("pod/p"), json!(""), json!("vmpod, n"), json!("m")]
+    );
     assert_eq!(row[7..9], [json!("5m"), json!(3)]);
 }

@@ -34,7 +34,9 @@ impl Names {
         match key {
             "uid" => self.uid(recorded, ours),
             // A list's revision also counts what the rest of the control plane wrote meanwhile.
-            "resourceVersion" if path == "/body/metadata/resourceVersion" && !self.revisions.contains_key(&number(recorded)) => {
+            "resourceVersion"
+                if path == "/body/metadata/resourceVersion" && !self.revisions.contains_key(&number(recorded)) =>
+            {
                 self.revisions.insert(number(recorded), number(ours));
                 true
             }
@@ -124,7 +126,9 @@ impl Names {
             Value::Object(map) => map
                 .iter()
                 // The server knows when it made the object; a client may leave that out.
-                .filter(|(key, value)| *key != "creationTimestamp" || !value.as_str().unwrap_or_default().starts_with(RECORDED_DAY))
+                .filter(|(key, value)| {
+                    *key != "creationTimestamp" || !value.as_str().unwrap_or_default().starts_with(RECORDED_DAY)
+                })
                 .map(|(key, value)| {
                     let version = value.as_str().filter(|_| key == "resourceVersion").map(number);
                     let ours = version.and_then(|version| self.revisions.get(&version));
@@ -142,7 +146,9 @@ fn number(text: &str) -> u64 {
 
 fn age(text: &str) -> bool {
     let digits = text.trim_end_matches(|letter: char| "smhd".contains(letter));
-    text != digits && !digits.is_empty() && digits.chars().all(|letter| letter.is_ascii_digit() || "smh".contains(letter))
+    text != digits
+        && !digits.is_empty()
+        && digits.chars().all(|letter| letter.is_ascii_digit() || "smh".contains(letter))
 }
 
 /// The five letters at the end of a generated name.
@@ -161,7 +167,9 @@ pub(crate) fn drop_foreign_parts(value: &mut Value) {
     const VENDOR: &str = "openshift-service-ca.crt";
     const PROCESSES: [&str; 3] = ["kapi", "kcm", "ksched"];
     let is_vendor = |one: &Value| {
-        one["metadata"]["name"] == VENDOR || one["configMap"]["name"] == VENDOR || one["object"]["metadata"]["name"] == VENDOR
+        one["metadata"]["name"] == VENDOR
+            || one["configMap"]["name"] == VENDOR
+            || one["object"]["metadata"]["name"] == VENDOR
     };
     let is_process = |one: &Value| one["manager"].as_str().is_some_and(|manager| PROCESSES.contains(&manager));
     match value {
@@ -188,7 +196,10 @@ pub(crate) fn unrecorded() -> Vec<(&'static str, Value)> {
             "11-delete/9",
             json!({"method": "PATCH", "path": format!("{maps}/fin"), "headers": merge, "body": {"metadata": {"finalizers": null}}}),
         ),
-        ("11-delete/9", json!({"method": "DELETE", "path": format!("{maps}?labelSelector=odd=1"), "headers": {}, "body": null})),
+        (
+            "11-delete/9",
+            json!({"method": "DELETE", "path": format!("{maps}?labelSelector=odd=1"), "headers": {}, "body": null}),
+        ),
         (
             "12-server-side-apply/4",
             json!({"method": "PATCH", "path": format!("{maps}/ssa?fieldManager=carol"), "headers": merge, "body": {"data": {"a": "9"}}}),
