@@ -67,7 +67,7 @@ impl Home {
     pub async fn vmpod_with(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<Ran> {
         let mut command = self.command()?;
         command.args(args);
-        run(command, stdin, Duration::from_secs(180)).await
+        run(command, stdin, Duration::from_mins(3)).await
     }
 
     /// Starts `vmpod up` on free ports and waits until it is ready.
@@ -95,7 +95,7 @@ impl Home {
     ///
     /// `vmpod up` itself may run. What takes a moment gets one: a minute, as the design promises.
     pub async fn assert_clean(&self) -> Result<()> {
-        eventually_within(Duration::from_secs(60), "nothing is left", || async { self.left() }).await
+        eventually_within(Duration::from_mins(1), "nothing is left", || async { self.left() }).await
     }
 
     fn left(&self) -> Result<()> {

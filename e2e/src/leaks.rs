@@ -43,8 +43,9 @@ fn belongs(pid: i32, dir: &Path) -> Option<Process> {
     let in_words = words.contains(&*dir.to_string_lossy());
     let in_cwd = || std::fs::read_link(root.join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir));
     let in_files = || {
-        std::fs::read_dir(root.join("fd"))
-            .is_ok_and(|files| files.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(dir))))
+        std::fs::read_dir(root.join("fd")).is_ok_and(|files| {
+            files.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to.starts_with(dir)))
+        })
     };
     (!words.is_empty() && (in_words || in_cwd() || in_files())).then_some(Process { pid, words })
 }

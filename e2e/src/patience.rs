@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 /// How long things may take under software emulation on a busy host.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_mins(2);
 
 /// Waits until `look` succeeds, for [`PATIENCE`].
 pub async fn eventually<T, F: Future<Output = Result<T>>>(what: &str, look: impl FnMut() -> F) -> Result<T> {

@@ -107,7 +107,7 @@ impl Up {
 
     /// Runs `kubectl` against it with some input.
     pub async fn kubectl_with(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<Ran> {
-        run(self.kubectl_command(args)?, stdin, Duration::from_secs(180)).await
+        run(self.kubectl_command(args)?, stdin, Duration::from_mins(3)).await
     }
 
     /// Runs `kubectl`, which must succeed; its output is the result.
@@ -134,8 +134,7 @@ impl Up {
 
     /// `kubectl wait --for` on a pod; when it fails, the pod and its events tell why.
     pub async fn wait_for(&self, pod: &str, what: &str) -> Result<()> {
-        let waited =
-            self.kubectl(&["wait", &format!("pod/{pod}"), &format!("--for={what}"), "--timeout=150s"]).await?;
+        let waited = self.kubectl(&["wait", &format!("pod/{pod}"), &format!("--for={what}"), "--timeout=150s"]).await?;
         match waited.ok() {
             Ok(_) => Ok(()),
             Err(error) => {

@@ -10,7 +10,7 @@ use tokio::process::Command;
 
 /// Waits until container 0 waits for this reason; the message is the result.
 async fn waiting(up: &Up, pod: &str, reasons: &[&str]) -> Result<String> {
-    eventually_within(Duration::from_secs(60), &format!("pod {pod} waits with {reasons:?}"), || async {
+    eventually_within(Duration::from_mins(1), &format!("pod {pod} waits with {reasons:?}"), || async {
         let pod = up.pod(pod).await?;
         let waiting = &pods::state(&pod)["waiting"];
         match waiting["reason"].as_str() {
@@ -119,7 +119,7 @@ async fn an_import_onto_a_full_disk_leaves_nothing() -> Result<()> {
     let home = Home::new("full-import")?;
     let dir = home.path().join("images");
     let script = "if $VMPOD image import $TINY tiny; then exit 9; fi; $VMPOD image ls -o name; du -s $DIR >&2";
-    let ran = e2e::run(on_small_disk(&home, &dir, "6m", script)?, None, Duration::from_secs(60)).await?;
+    let ran = e2e::run(on_small_disk(&home, &dir, "6m", script)?, None, Duration::from_mins(1)).await?;
     ensure!(ran.code == Some(0), "{ran}");
     ensure!(ran.stderr.contains("No space left on device"), "{ran}");
     ensure!(ran.stdout.trim().is_empty(), "half an image can be seen: {ran}");
@@ -154,11 +154,11 @@ async fn full_disk(home: &Home) -> Result<()> {
         let mut command = Command::new(prerequisites::kubectl()?);
         command.arg("--kubeconfig").arg(home.path().join("kubeconfig")).args(args);
         command.env("HOME", home.path().join("kubectl"));
-        anyhow::Ok(async move { e2e::run(command, stdin.as_deref(), Duration::from_secs(120)).await })
+        anyhow::Ok(async move { e2e::run(command, stdin.as_deref(), Duration::from_mins(2)).await })
     };
     let pod = serde_json::to_vec(&pods::tiny("squeezed", &[]))?;
     kubectl(&["apply", "-f", "-"], Some(pod))?.await?.ok()?;
-    eventually_within(Duration::from_secs(60), "the pod says that the disk is full", || async {
+    eventually_within(Duration::from_mins(1), "the pod says that the disk is full", || async {
         let told = kubectl(&["describe", "pod", "squeezed"], None)?.await?.ok()?;
         ensure!(told.contains("No space left on device"), "{told}");
         Ok(())
@@ -179,10 +179,13 @@ async fn full_disk(home: &Home) -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_corrupt_image_in_the_store_never_boots() -> Result<()> {
     let home = Home::with_tiny("corrupt").await?;
+    home.vmpod(&["image", "verify"]).await?.ok()?;
     let damaged = damage(&home.path().join("images"))?;
+    let told = home.vmpod(&["image", "verify", "tiny"]).await?.expect_code(1)?.expect_failure("image rm")?;
+    ensure!(told.stdout.starts_with("tiny: damaged: "), "{told}");
     let up = home.up(&[]).await?;
     up.apply(&pods::tiny("spoilt", &[])).await?;
-    let told = eventually_within(Duration::from_secs(60), "the pod says that its image is damaged", || async {
+    let told = eventually_within(Duration::from_mins(1), "the pod says that its image is damaged", || async {
         let told = up.kubectl_ok(&["describe", "pod", "spoilt"]).await?;
         ensure!(told.contains("sha256:"), "{told}");
         ensure!(told.contains("corrupt") || told.contains("damaged") || told.contains("digest"), "{told}");

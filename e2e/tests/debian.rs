@@ -31,7 +31,7 @@ async fn debian_gets_its_name_and_key_by_cloud_init() -> Result<()> {
         },
     }))
     .await?;
-    eventually_within(Duration::from_secs(300), "Debian answers", || async {
+    eventually_within(Duration::from_mins(5), "Debian answers", || async {
         up.kubectl_ok(&["wait", "pod/bookworm", "--for=condition=Ready", "--timeout=100s"]).await.map(drop)
     })
     .await?;

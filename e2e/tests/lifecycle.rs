@@ -184,7 +184,7 @@ async fn another_hosts_node_joins() -> Result<()> {
 
     let pid = node.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw);
     rustix::process::kill_process(pid.context("the node ended")?, Signal::TERM)?;
-    let status = tokio::time::timeout(Duration::from_secs(60), node.wait()).await.context("the node didn't end")??;
+    let status = tokio::time::timeout(Duration::from_mins(1), node.wait()).await.context("the node didn't end")??;
     ensure!(status.code() == Some(0), "{status}");
     second.assert_no_process()?;
     up.stop().await

@@ -24,7 +24,7 @@ async fn the_example_pod_lives_and_talks_and_goes() -> Result<()> {
     let exec = |words: &'static [&'static str]| {
         let args: Vec<&str> = ["exec", "hello", "--"].iter().chain(words).copied().collect();
         let command = up.kubectl_command(&args);
-        async move { e2e::run(command?, None, Duration::from_secs(60)).await }
+        async move { e2e::run(command?, None, Duration::from_mins(1)).await }
     };
     ensure!(exec(&["hostname"]).await?.ok()?.trim() == "hello");
     ensure!(exec(&["uname", "-s"]).await?.ok()?.trim() == "Linux");
@@ -209,7 +209,9 @@ async fn kubectl_works_on_the_kinds_that_are_served() -> Result<()> {
     up.apply(&changed).await?;
     let data = up.kubectl_ok(&["get", "configmap", "a", "-o", "jsonpath={.data}"]).await?;
     ensure!(data == r#"{"two":"2"}"#, "apply kept what was taken away: {data}");
-    let text = serde_json::to_vec(&json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "b"}, "data": {"k": "v"}}))?;
+    let text = serde_json::to_vec(
+        &json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "b"}, "data": {"k": "v"}}),
+    )?;
     up.kubectl_with(&["apply", "--server-side", "-f", "-"], Some(&text)).await?.ok()?;
     up.kubectl_with(&["apply", "--server-side", "-f", "-"], Some(&text)).await?.ok()?;
     up.kubectl_ok(&["create", "configmap", "never", "--dry-run=server", "--from-literal=a=b"]).await?;

@@ -33,7 +33,8 @@ async fn the_exit_code_is_the_commands() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn standard_input_reaches_the_command() -> Result<()> {
     let home = Home::with_tiny("stdin").await?;
-    let ran = home.vmpod_with(&["run", "-i", "tiny", "--", "sh", "-c", "wc -c; exit 6"], Some(&[b'x'; 100_000])).await?;
+    let ran =
+        home.vmpod_with(&["run", "-i", "tiny", "--", "sh", "-c", "wc -c; exit 6"], Some(&vec![b'x'; 100_000])).await?;
     ensure!(ran.code == Some(6) && ran.stdout.trim() == "100000", "{ran}");
     home.assert_no_process()
 }
@@ -51,7 +52,7 @@ async fn what_fails_before_the_command_is_125() -> Result<()> {
     // More memory than the host has: told at once, not waited for.
     let huge = home.vmpod(&["run", "tiny", "--memory", "4096Gi", "--", "true"]).await?.expect_code(125)?;
     ensure!(huge.stderr.contains("memory"), "{huge}");
-    ensure!(huge.took < Duration::from_secs(60), "{huge}");
+    ensure!(huge.took < Duration::from_mins(1), "{huge}");
     // A registry that isn't there.
     let gone = home.vmpod(&["run", "127.0.0.1:1/no/such:1", "--", "true"]).await?.expect_code(125)?;
     ensure!(gone.stderr.contains("127.0.0.1:1"), "{gone}");
@@ -71,7 +72,7 @@ async fn an_interrupt_leaves_nothing() -> Result<()> {
     .await?;
     let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw);
     kill_process(pid.context("it ended")?, Signal::INT)?;
-    let status = tokio::time::timeout(Duration::from_secs(60), child.wait()).await.context("it didn't end")??;
+    let status = tokio::time::timeout(Duration::from_mins(1), child.wait()).await.context("it didn't end")??;
     ensure!(status.code() == Some(130), "{status}");
     home.assert_no_process()?;
     ensure!(e2e::home::entries(&home.path().join("run"))?.is_empty(), "a private home is left");

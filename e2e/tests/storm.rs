@@ -66,8 +66,12 @@ impl Storm {
         let machines = home.hypervisors();
         self.kills_with_machines += usize::from(machines > 0);
         up.kill().await?;
-        say(&format!("kill {kill} after {:.1} s with {machines} machines, {} pods made", life.as_secs_f64(), self.made));
-        self.no_pod_has_two(home)
+        say(&format!(
+            "kill {kill} after {:.1} s with {machines} machines, {} pods made",
+            life.as_secs_f64(),
+            self.made
+        ));
+        Self::no_pod_has_two(home)
     }
 
     /// Makes and deletes pods and looks at them, until it is dropped.
@@ -77,7 +81,7 @@ impl Storm {
         }
         let api: Api<Pod> = Api::namespaced(up.client().await?, "default");
         loop {
-            self.no_pod_has_two(home)?;
+            Self::no_pod_has_two(home)?;
             let all = self.look(&api).await?;
             let (over, alive): (Vec<_>, Vec<_>) = all.iter().partition(|pod| end(pod).is_some());
             let choice = random.random_range(0..10_u32);
@@ -128,7 +132,7 @@ impl Storm {
     }
 
     /// A machine's name begins with its pod's UID, and is in its process's command line.
-    fn no_pod_has_two(&self, home: &Home) -> Result<()> {
+    fn no_pod_has_two(home: &Home) -> Result<()> {
         let mut machines: BTreeMap<String, usize> = BTreeMap::new();
         for process in leaks::hypervisors(home.path()) {
             *machines.entry(pod_uid(&process.words)?).or_default() += 1;
@@ -143,7 +147,7 @@ impl Storm {
     async fn calm(mut self, home: &Home) -> Result<()> {
         let up = home.up(&["--log", "warn"]).await?;
         let api: Api<Pod> = Api::namespaced(up.client().await?, "default");
-        eventually_within(Duration::from_secs(120), "every machine belongs to a pod that runs", || async {
+        eventually_within(Duration::from_mins(2), "every machine belongs to a pod that runs", || async {
             let all = api.list(&ListParams::default()).await?.items;
             for process in leaks::hypervisors(home.path()) {
                 let uid = pod_uid(&process.words)?;

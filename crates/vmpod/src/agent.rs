@@ -142,7 +142,8 @@ fn clean_name(host: &str) -> String {
         .chars()
         .map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' })
         .collect();
-    let parts: Vec<&str> = clean.split('.').map(|part| part.trim_matches('-')).filter(|part| !part.is_empty()).collect();
+    let parts: Vec<&str> =
+        clean.split('.').map(|part| part.trim_matches('-')).filter(|part| !part.is_empty()).collect();
     if parts.is_empty() { "vmpod".into() } else { parts.join(".") }
 }
 
@@ -152,7 +153,12 @@ mod tests {
 
     #[test]
     fn a_host_name_becomes_a_node_name() {
-        for (host, node) in [("Anna's_Mac", "anna-s-mac"), ("build-01.example.com", "build-01.example.com"), ("", "vmpod"), ("-a-..b", "a.b")] {
+        for (host, node) in [
+            ("Anna's_Mac", "anna-s-mac"),
+            ("build-01.example.com", "build-01.example.com"),
+            ("", "vmpod"),
+            ("-a-..b", "a.b"),
+        ] {
             assert_eq!(clean_name(host), node);
         }
     }

@@ -382,12 +382,14 @@ pub(crate) enum ImageCommand {
     Rm(Rm),
     Pull(Pull),
     Push(Push),
+    Verify(Verify),
+    Prune(Prune),
 }
 
 /// Make an image of a disk, a kernel or an OCI layout.
 ///
-/// PATH is a raw or qcow2 disk, or a directory or tar file that holds an OCI image layout; leave it out
-/// for a guest that is only a kernel and an initrd.
+/// PATH is a raw or qcow2 disk, or a directory that holds an OCI image layout; leave it out for a guest
+/// that is only a kernel and an initrd.
 #[derive(Debug, Args)]
 pub(crate) struct Import {
     /// The disk or the OCI layout, then the image's name; only the name for a guest without a disk
@@ -494,6 +496,27 @@ pub(crate) struct Rm {
     /// The images
     #[arg(required = true, value_name = "IMAGE")]
     pub(crate) images: Vec<String>,
+}
+
+/// Read images whole and say what is damaged.
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// The images [default: all]
+    #[arg(value_name = "IMAGE")]
+    pub(crate) images: Vec<String>,
+}
+
+/// Make room in the store.
+///
+/// Removes what unfinished pulls left. Images that a machine uses, and images with a local name, always stay.
+#[derive(Debug, Args)]
+pub(crate) struct Prune {
+    /// Remove the images of registries that no machine uses, too
+    #[arg(long)]
+    pub(crate) unused: bool,
+    /// Of those, only as many as it takes, the longest unused first, until the store has this size
+    #[arg(long, value_name = "SIZE", requires = "unused", value_parser = parse_size)]
+    pub(crate) down_to: Option<Size>,
 }
 
 /// Fetch an image from a registry.

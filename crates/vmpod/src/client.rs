@@ -48,8 +48,7 @@ pub(crate) async fn from_file(path: &Path, context: Option<&str>) -> Result<Clie
 
 /// What a kubeconfig says.
 pub(crate) async fn config(path: &Path, context: Option<&str>) -> Result<Config> {
-    let file =
-        Kubeconfig::read_from(path).with_context(|| format!("can't read the kubeconfig {}", path.display()))?;
+    let file = Kubeconfig::read_from(path).with_context(|| format!("can't read the kubeconfig {}", path.display()))?;
     let options = KubeConfigOptions { context: context.map(str::to_owned), ..KubeConfigOptions::default() };
     let mut config = Config::from_custom_kubeconfig(file, &options)
         .await

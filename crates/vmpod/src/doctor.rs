@@ -147,7 +147,8 @@ fn version(text: &str) -> Option<(u32, u32)> {
 }
 
 fn check_kvm(kvm: &Kvm) -> Check {
-    let slow = |found: String, mend: &str| Check::warning("kvm", format!("{found}; guests run in software, slowly"), mend);
+    let slow =
+        |found: String, mend: &str| Check::warning("kvm", format!("{found}; guests run in software, slowly"), mend);
     match kvm {
         Kvm::Works => Check::ok("kvm", kvm.to_string()),
         Kvm::Absent => slow(
@@ -232,7 +233,9 @@ fn check_port(name: &'static str, port: u16, option: &str, own: Option<u32>) -> 
             ),
             None => Check::warning(name, format!("{port} is in use"), format!("choose another with {option}")),
         },
-        Err(error) => Check::warning(name, format!("{port} can't be had: {error}"), format!("choose another with {option}")),
+        Err(error) => {
+            Check::warning(name, format!("{port} can't be had: {error}"), format!("choose another with {option}"))
+        }
     }
 }
 
@@ -296,7 +299,8 @@ mod tests {
 
     #[test]
     fn whatever_isnt_ok_has_a_mend() {
-        let host = |disk_free, memory_free| Host { cpus: 1, memory: 64 * GIB, memory_free, disk_total: 100 * GIB, disk_free };
+        let host =
+            |disk_free, memory_free| Host { cpus: 1, memory: 64 * GIB, memory_free, disk_total: 100 * GIB, disk_free };
         let mut checks = Vec::new();
         for free in [0, GIB, 50 * GIB] {
             checks.extend([check_disk(&host(free, 0)), check_memory(&host(0, free))]);

@@ -179,7 +179,8 @@ impl End {
 }
 
 /// Puts standard input where `$1` says, in place of what is there, or into it if it is a directory (as `$2`).
-const RECEIVE: &str = r#"set -e; to=$1; if [ -d "$to" ]; then to=$to/$2; fi; cat > "$to.vmpod-part"; mv -f "$to.vmpod-part" "$to""#;
+const RECEIVE: &str =
+    r#"set -e; to=$1; if [ -d "$to" ]; then to=$to/$2; fi; cat > "$to.vmpod-part"; mv -f "$to.vmpod-part" "$to""#;
 
 /// `vmpod cp`.
 pub(crate) async fn copy(home: &Home, args: args::Cp) -> Result<Exit> {

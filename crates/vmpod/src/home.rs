@@ -128,7 +128,12 @@ impl Home {
 
     fn taken(&self, holder: &Holder) -> Remedy {
         Remedy::new(
-            format!("the home {} is in use by `vmpod {}`, process {}", self.root.display(), holder.role.word(), holder.pid),
+            format!(
+                "the home {} is in use by `vmpod {}`, process {}",
+                self.root.display(),
+                holder.role.word(),
+                holder.pid
+            ),
             format!("stop that one first (kill {}), or choose another home with --home", holder.pid),
         )
     }

@@ -26,6 +26,8 @@ pub(crate) async fn run(home: &Home, command: ImageCommand) -> Result<Exit> {
         ImageCommand::Rm(args) => rm(&store, &args)?,
         ImageCommand::Pull(args) => pull(&store, &args).await?,
         ImageCommand::Push(args) => push(&store, &args).await?,
+        ImageCommand::Verify(args) => verify(&store, &args).await?,
+        ImageCommand::Prune(args) => prune(&store, &args)?,
     }
     Ok(Exit::Done)
 }
@@ -54,12 +56,8 @@ pub(crate) fn find(store: &Store, reference: &Reference) -> Result<Image> {
 
 /// The error of an image that isn't there.
 pub(crate) fn missing(store: &Store, reference: &Reference) -> anyhow::Error {
-    let names: Vec<String> = store
-        .list()
-        .unwrap_or_default()
-        .iter()
-        .flat_map(|image| image.references.iter().map(short))
-        .collect();
+    let names: Vec<String> =
+        store.list().unwrap_or_default().iter().flat_map(|image| image.references.iter().map(short)).collect();
     let near = near_names(&short(reference), &names);
     let mut remedy = match near.as_slice() {
         [] if names.is_empty() => "the store is empty; add an image with `vmpod image import PATH NAME`".to_owned(),
@@ -119,7 +117,9 @@ async fn import(store: &Store, args: args::Import) -> Result<()> {
         (Some(path), Some(args::Source::Raw)) => Source::Raw(path),
         (Some(path), Some(args::Source::Qcow2)) => Source::Qcow2(path),
         (Some(path), Some(args::Source::Oci)) => Source::OciLayout(path),
-        (Some(path), None) => Source::detect(&path).with_context(|| format!("can't tell what {} is", path.display()))?,
+        (Some(path), None) => {
+            Source::detect(&path).with_context(|| format!("can't tell what {} is", path.display()))?
+        }
         (None, _) if args.boot.kernel.is_some() => Source::Kernel,
         (None, _) => {
             return Err(Remedy::new(
@@ -276,6 +276,58 @@ fn rm(store: &Store, args: &args::Rm) -> Result<()> {
         store.remove(name).with_context(|| format!("can't remove image {}", short(name)))?;
         talk(&format!("removed {}", short(name)));
     }
+    Ok(())
+}
+
+async fn verify(store: &Store, args: &args::Verify) -> Result<()> {
+    let images = if args.images.is_empty() {
+        store.list().context("can't list the images")?
+    } else {
+        args.images.iter().map(|name| find(store, &reference(name)?)).collect::<Result<_>>()?
+    };
+    let mut damaged = Vec::new();
+    for image in images {
+        let name = image.references.first().map_or_else(|| image.digest.to_string(), short);
+        let spinner = Progress::spinner(format!("reading {name}"));
+        let (its_store, its_image) = (store.clone(), image.clone());
+        let damage = tokio::task::spawn_blocking(move || its_store.verify(&its_image)).await;
+        spinner.clear();
+        let damage =
+            damage.context("reading the image panicked")?.with_context(|| format!("can't read image {name}"))?;
+        if damage.is_empty() {
+            output::data(&format!("{name}: whole\n"))?;
+            continue;
+        }
+        for part in damage {
+            output::data(&format!("{name}: damaged: {part}\n"))?;
+        }
+        damaged.push(name);
+    }
+    match damaged.as_slice() {
+        [] => Ok(()),
+        names => Err(Remedy::new(
+            format!(
+                "{} of the store can't be used: {}",
+                if names.len() == 1 { "an image" } else { "images" },
+                names.join(", ")
+            ),
+            "remove them with `vmpod image rm`, then import or pull them again; and look after the disk",
+        )
+        .into()),
+    }
+}
+
+fn prune(store: &Store, args: &args::Prune) -> Result<()> {
+    let what = vmpod_image::Prune {
+        unfinished: true,
+        unused: args.unused,
+        down_to: args.down_to.as_ref().map(|size| size.bytes),
+    };
+    let pruned = store.prune(what).context("can't prune the store")?;
+    for digest in &pruned.images {
+        output::data(&format!("{digest}\n"))?;
+    }
+    talk(&format!("freed {}", output::bytes(pruned.bytes)));
     Ok(())
 }
 

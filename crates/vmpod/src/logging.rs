@@ -29,9 +29,10 @@ pub(crate) fn start(filter: Option<&str>, format: LogFormat, level: Level) -> Re
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {
         LogFormat::Json => lines.json().flatten_event(true).try_init(),
-        LogFormat::Human => {
-            lines.with_target(false).with_ansi(std::io::stderr().is_terminal() && Style::stderr().is_coloured()).try_init()
-        }
+        LogFormat::Human => lines
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal() && Style::stderr().is_coloured())
+            .try_init(),
     };
     started.map_err(|error| anyhow::anyhow!("can't start logging: {error}"))
 }

@@ -98,11 +98,8 @@ struct Build {
 }
 
 fn version(format: Format) -> Result<Exit> {
-    let build = Build {
-        version: env!("CARGO_PKG_VERSION"),
-        os: std::env::consts::OS,
-        architecture: std::env::consts::ARCH,
-    };
+    let build =
+        Build { version: env!("CARGO_PKG_VERSION"), os: std::env::consts::OS, architecture: std::env::consts::ARCH };
     match format {
         Format::Table | Format::Name => output::data(&format!("vmpod {}\n", build.version))?,
         format => output::value(format, &build)?,

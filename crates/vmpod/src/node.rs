@@ -112,7 +112,8 @@ async fn publish(nodes: &kube::Api<k8s_openapi::api::core::v1::Node>, name: &str
 fn fingerprint(cert_pem: &str) -> Result<String> {
     use rustls::pki_types::CertificateDer;
     use rustls::pki_types::pem::PemObject as _;
-    let first = CertificateDer::from_pem_slice(cert_pem.as_bytes()).context("the kubelet API's certificate isn't PEM")?;
+    let first =
+        CertificateDer::from_pem_slice(cert_pem.as_bytes()).context("the kubelet API's certificate isn't PEM")?;
     let digest = sha2::Sha256::digest(&first);
     Ok(digest.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
 }

@@ -221,7 +221,8 @@ mod tests {
 
     #[test]
     fn a_table_has_no_trailing_spaces() {
-        let text = table(&["name", "size"], [vec!["a".into(), "1".into()], vec!["longer".into(), String::new()]].into_iter());
+        let text =
+            table(&["name", "size"], [vec!["a".into(), "1".into()], vec!["longer".into(), String::new()]].into_iter());
         assert_eq!(text, "NAME    SIZE\na       1\nlonger\n");
     }
 
@@ -240,7 +241,9 @@ mod tests {
 
     #[test]
     fn ages_are_kubectls() {
-        for (s, told) in [(0, "0s"), (119, "119s"), (125, "2m5s"), (180, "3m"), (700, "11m"), (10_800, "3h"), (200_000, "2d")] {
+        for (s, told) in
+            [(0, "0s"), (119, "119s"), (125, "2m5s"), (180, "3m"), (700, "11m"), (10_800, "3h"), (200_000, "2d")]
+        {
             assert_eq!(age(Duration::from_secs(s)), told);
         }
     }

@@ -54,9 +54,11 @@ fn row(pod: &Pod, now: jiff::Timestamp) -> Vec<String> {
     let restarts: i32 = containers.iter().map(|c| c.restart_count).sum();
     let image = pod.spec.as_ref().and_then(|s| s.containers.first()).and_then(|c| c.image.clone()).unwrap_or_default();
     let address = pod.status.as_ref().and_then(|s| s.pod_ip.clone()).unwrap_or_default();
-    let age = pod.metadata.creation_timestamp.as_ref().map_or(String::new(), |created| {
-        output::age(now.duration_since(created.0).try_into().unwrap_or_default())
-    });
+    let age = pod
+        .metadata
+        .creation_timestamp
+        .as_ref()
+        .map_or(String::new(), |created| output::age(now.duration_since(created.0).try_into().unwrap_or_default()));
     vec![pod.name_any(), status(pod), format!("{ready}/{wanted}"), restarts.to_string(), image, address, age]
 }
 
@@ -145,7 +147,7 @@ pub(crate) async fn stop(home: &Home, args: &args::Stop) -> Result<Exit> {
 }
 
 /// How much longer than its grace period a pod may take to be gone.
-const SLACK: Duration = Duration::from_secs(60);
+const SLACK: Duration = Duration::from_mins(1);
 
 /// Deletes a pod and waits until it is gone. One that is gone already is no error.
 pub(crate) async fn remove(client: &Client, namespace: &str, name: &str, grace: Option<Duration>) -> Result<()> {

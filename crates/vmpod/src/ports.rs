@@ -27,9 +27,10 @@ pub(crate) fn listener(port: u16) -> Option<Listener> {
     let wanted: Vec<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
     std::fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
         let pid: u32 = process.file_name().to_str()?.parse().ok()?;
-        let holds = std::fs::read_dir(process.path().join("fd")).ok()?.flatten().any(|fd| {
-            std::fs::read_link(fd.path()).is_ok_and(|to| wanted.iter().any(|w| to == Path::new(w)))
-        });
+        let holds = std::fs::read_dir(process.path().join("fd"))
+            .ok()?
+            .flatten()
+            .any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| wanted.iter().any(|w| to == Path::new(w))));
         let name = || std::fs::read_to_string(process.path().join("comm")).unwrap_or_default().trim().to_owned();
         holds.then(|| Listener { pid, name: name() })
     })
@@ -59,7 +60,9 @@ pub(crate) fn explain(error: anyhow::Error, what: &str, address: SocketAddr, opt
         return error.context(format!("can't start {what}"));
     }
     let (holder, mend) = match listener(address.port()) {
-        Some(Listener { pid, name }) => (format!("by {name} (process {pid})"), format!("stop that process (kill {pid})")),
+        Some(Listener { pid, name }) => {
+            (format!("by {name} (process {pid})"), format!("stop that process (kill {pid})"))
+        }
         None => (
             "by another process".to_owned(),
             format!("find it with `ss -ltnp sport = :{}` and stop it", address.port()),

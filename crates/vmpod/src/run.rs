@@ -39,9 +39,7 @@ pub(crate) async fn run(home: &Home, args: args::Run) -> Result<Exit> {
         image::find(&store, &reference)?;
     }
     let user_data = match &args.user_data {
-        Some(path) => {
-            Some(std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?)
-        }
+        Some(path) => Some(std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?),
         None => None,
     };
     let pod = pod(&args, &reference, user_data, &letters(5));
@@ -315,8 +313,11 @@ fn pod(args: &args::Run, reference: &Reference, user_data: Option<String>, suffi
     ];
     let sizes: BTreeMap<String, Quantity> =
         sizes.into_iter().filter_map(|(key, value)| Some((key.to_owned(), Quantity(value?)))).collect();
-    let resources = (!sizes.is_empty())
-        .then(|| ResourceRequirements { requests: Some(sizes.clone()), limits: Some(sizes), claims: None });
+    let resources = (!sizes.is_empty()).then(|| ResourceRequirements {
+        requests: Some(sizes.clone()),
+        limits: Some(sizes),
+        claims: None,
+    });
     let interactive = args.stdin || args.tty;
     let env: Vec<EnvVar> = args
         .env

@@ -78,13 +78,10 @@ impl Stack {
         let Plan { home, name, listen, kubelet_port, tls_sans, machines } = plan;
         // A kubeconfig of an earlier run must not lead anyone to a port that isn't ours.
         remove_file(&home.kubeconfig())?;
-        let server = ApiServer::open(vmpod_apiserver::Options {
-            dir: home.api(),
-            listen: Some(listen),
-            extra_sans: tls_sans,
-        })
-        .await
-        .map_err(|error| ports::explain(error.into(), "the Kubernetes API", listen, "--api-port"))?;
+        let server =
+            ApiServer::open(vmpod_apiserver::Options { dir: home.api(), listen: Some(listen), extra_sans: tls_sans })
+                .await
+                .map_err(|error| ports::explain(error.into(), "the Kubernetes API", listen, "--api-port"))?;
         let address = server.address().context("the Kubernetes API has no address")?;
 
         let ip = reachable(address.ip());
@@ -154,9 +151,7 @@ impl Stack {
 
 /// Opens the agent and explains a port that is taken.
 pub(crate) async fn open_node(options: vmpod_node::Options, listen: SocketAddr) -> Result<Node> {
-    Node::open(options)
-        .await
-        .map_err(|error| ports::explain(error.into(), "the node agent", listen, "--kubelet-port"))
+    Node::open(options).await.map_err(|error| ports::explain(error.into(), "the node agent", listen, "--kubelet-port"))
 }
 
 /// The address at which a listener on this address can be reached from this host.

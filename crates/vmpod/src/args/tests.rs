@@ -5,7 +5,8 @@ use super::*;
 /// Every command's long help, as a person reads it.
 fn helps() -> Vec<(String, String)> {
     fn walk(command: &mut clap::Command, path: &str, all: &mut Vec<(String, String)>) {
-        let name = if path.is_empty() { command.get_name().to_owned() } else { format!("{path} {}", command.get_name()) };
+        let name =
+            if path.is_empty() { command.get_name().to_owned() } else { format!("{path} {}", command.get_name()) };
         all.push((name.clone(), command.render_long_help().to_string()));
         for sub in command.get_subcommands_mut() {
             walk(sub, &name, all);
