@@ -18,7 +18,7 @@ pub struct Prune {
     pub unfinished: bool,
     /// Images of registries that no machine uses. Images that have a local name stay: nothing could bring them back.
     pub unused: bool,
-    /// Of those images, the longest unused first, until the store takes at most so many bytes.
+    /// Such images, but the longest unused first and only until the images take at most so many bytes.
     pub down_to: Option<u64>,
 }
 
@@ -47,8 +47,7 @@ fn plan(mut images: Vec<Candidate>, prune: Prune) -> Vec<Candidate> {
     let mut total: u64 = images.iter().map(|image| image.bytes).sum();
     images.sort_by_key(|image| (std::cmp::Reverse(image.idle), image.digest));
     images.retain(|image| {
-        let over = prune.down_to.is_some_and(|most| total > most);
-        let goes = !image.kept && (prune.unused || over);
+        let goes = !image.kept && prune.down_to.map_or(prune.unused, |most| total > most);
         if goes {
             total -= image.bytes;
         }
@@ -149,6 +148,7 @@ mod tests {
         assert_eq!(gone(down_to(29)), [Digest::of(&[2])]);
         assert_eq!(gone(down_to(0)), [Digest::of(&[2]), Digest::of(&[1])]);
         assert_eq!(gone(Prune { unused: true, ..Prune::default() }).len(), 2);
+        assert_eq!(gone(Prune { unused: true, ..down_to(29) }).len(), 1);
     }
 
     proptest! {
