@@ -253,7 +253,7 @@ mod tests {
         fn check(owner: &str, ty: &Type) {
             match ty {
                 Type::Named(name) => {
-                    assert!(builtin().contains_key(name), "{owner} names {name}, which isn't in wire.txt")
+                    assert!(builtin().contains_key(name), "{owner} names {name}, which isn't in wire.txt");
                 }
                 Type::List(list) => check(owner, &list.item),
                 Type::Map(map) => check(owner, &map.value),

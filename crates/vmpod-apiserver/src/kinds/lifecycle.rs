@@ -316,7 +316,7 @@ fn keep_other_parts(resource: &Resource, subresource: Option<&str>, old: &Value,
             if resource.is("core.Pod") {
                 keep_meta(new, &["ownerReferences", "deletionTimestamp"]);
                 if let Some(class) = at(old, &["status", "qosClass"]) {
-                    new["status"]["qosClass"] = class.clone()
+                    new["status"]["qosClass"] = class.clone();
                 }
             }
             if resource.is("apiext.CustomResourceDefinition") || resource.is("certificates.CertificateSigningRequest") {

@@ -247,7 +247,7 @@ fn environment(container: &Value, field: &str, causes: &mut Vec<Cause>) {
             )),
             1 => {}
             _ => {
-                causes.push(Cause::invalid(&field, &"".into(), "may not have more than one field specified at a time"))
+                causes.push(Cause::invalid(&field, &"".into(), "may not have more than one field specified at a time"));
             }
         }
         if let Some(reference) = source.get("fieldRef") {
