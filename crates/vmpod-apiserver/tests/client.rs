@@ -222,14 +222,14 @@ async fn collects_what_has_no_owner_left() {
     let maps: Api<ConfigMap> = Api::default_namespaced(world.client.clone());
     for policy in [PropagationPolicy::Background, PropagationPolicy::Foreground, PropagationPolicy::Orphan] {
         let owner = maps.create(&PostParams::default(), &config_map("owner", "1")).await.unwrap();
-        let mut owned = config_map("owned", "1");
-        owned.metadata.owner_references = Some(vec![
+        let mut dependent = config_map("owned", "1");
+        dependent.metadata.owner_references = Some(vec![
             serde_json::from_value(json!({
                 "apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": owner.uid(), "blockOwnerDeletion": true,
             }))
             .unwrap(),
         ]);
-        maps.create(&PostParams::default(), &owned).await.unwrap();
+        maps.create(&PostParams::default(), &dependent).await.unwrap();
         let orphan = matches!(policy, PropagationPolicy::Orphan);
         let params = DeleteParams { propagation_policy: Some(policy), ..DeleteParams::default() };
         maps.delete("owner", &params).await.unwrap();
