@@ -46,7 +46,10 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
         if !is_token(volume) {
             return Err(Refusal::new(
                 "VolumesUnsupported",
-                format!("Volume {:?} is not supported yet on this node: only the service account token's is accepted (and not mounted)", volume.name),
+                format!(
+                    "Volume {:?} is not supported yet on this node: only the service account token's is accepted (and not mounted)",
+                    volume.name
+                ),
             ));
         }
     }
@@ -55,7 +58,10 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
             ("a startup probe", container.startup_probe.is_some()),
             ("a liveness probe", container.liveness_probe.is_some()),
             ("a readiness probe", container.readiness_probe.is_some()),
-            ("lifecycle hooks", container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some() || l.pre_stop.is_some())),
+            (
+                "lifecycle hooks",
+                container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some() || l.pre_stop.is_some()),
+            ),
             ("volume devices", container.volume_devices.as_ref().is_some_and(|v| !v.is_empty())),
         ];
         if let Some((what, _)) = unsupported.iter().find(|(_, asked)| *asked) {
@@ -66,7 +72,10 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
         }
     }
     if spec.host_network == Some(true) {
-        return Err(Refusal::new("FieldUnsupported", "hostNetwork makes no sense for a virtual machine: it has a network of its own"));
+        return Err(Refusal::new(
+            "FieldUnsupported",
+            "hostNetwork makes no sense for a virtual machine: it has a network of its own",
+        ));
     }
     match pod::annotation(pod, annotations::NETWORK) {
         None | Some("user") => {}
@@ -103,7 +112,13 @@ pub(crate) fn fits(pod: &Pod, labels: &BTreeMap<String, String>, node: &str, roo
         return Err(out_of("OutOfmemory", "memory", asked.memory, used.memory, all.memory));
     }
     if asked.ephemeral > 0 && used.ephemeral.saturating_add(asked.ephemeral) > all.ephemeral {
-        return Err(out_of("OutOfephemeral-storage", "ephemeral-storage", asked.ephemeral, used.ephemeral, all.ephemeral));
+        return Err(out_of(
+            "OutOfephemeral-storage",
+            "ephemeral-storage",
+            asked.ephemeral,
+            used.ephemeral,
+            all.ephemeral,
+        ));
     }
     if !selected(pod, labels, node) {
         return Err(Refusal::new("NodeAffinity", "Predicate NodeAffinity failed"));
@@ -128,7 +143,10 @@ pub(crate) fn tolerates(pod: &Pod, node: &Node) -> Result<(), Refusal> {
             t.effect.as_deref().is_none_or(|effect| effect.is_empty() || effect == taint.effect)
                 && match t.operator.as_deref() {
                     Some("Exists") => t.key.as_deref().is_none_or(|key| key.is_empty() || key == taint.key),
-                    _ => t.key.as_deref() == Some(&taint.key) && t.value.as_deref().unwrap_or("") == taint.value.as_deref().unwrap_or(""),
+                    _ => {
+                        t.key.as_deref() == Some(&taint.key)
+                            && t.value.as_deref().unwrap_or("") == taint.value.as_deref().unwrap_or("")
+                    }
                 }
         })
     };
@@ -182,7 +200,13 @@ fn requirement(wanted: &NodeSelectorRequirement, value: Option<&str>) -> bool {
         "Exists" => value.is_some(),
         "DoesNotExist" => value.is_none(),
         "Gt" | "Lt" => match (value.and_then(number), values.first().and_then(|v| number(v))) {
-            (Some(have), Some(limit)) => if wanted.operator == "Gt" { have > limit } else { have < limit },
+            (Some(have), Some(limit)) => {
+                if wanted.operator == "Gt" {
+                    have > limit
+                } else {
+                    have < limit
+                }
+            }
             _ => false,
         },
         _ => false,
@@ -190,6 +214,7 @@ fn requirement(wanted: &NodeSelectorRequirement, value: Option<&str>) -> bool {
 }
 
 #[cfg(test)]
+#[expect(clippy::needless_pass_by_value, reason = "JSON is written in place")]
 mod tests {
     use serde_json::{Value, json};
 
@@ -206,12 +231,20 @@ mod tests {
     #[test]
     fn what_is_not_built_is_refused_by_name() {
         let container = json!({"name": "vm"});
-        assert_eq!(supported(&pod(json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "projected": {"sources": []}}]}))), Ok(()));
+        assert_eq!(
+            supported(&pod(
+                json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "projected": {"sources": []}}]})
+            )),
+            Ok(())
+        );
         for (spec, want) in [
             (json!({"containers": [container, {"name": "side"}]}), "SidecarsUnsupported"),
             (json!({"containers": [container], "initContainers": [{"name": "init"}]}), "SidecarsUnsupported"),
             (json!({"containers": [container], "volumes": [{"name": "data", "emptyDir": {}}]}), "VolumesUnsupported"),
-            (json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "hostPath": {"path": "/"}}]}), "VolumesUnsupported"),
+            (
+                json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "hostPath": {"path": "/"}}]}),
+                "VolumesUnsupported",
+            ),
             (json!({"containers": [{"name": "vm", "livenessProbe": {"tcpSocket": {"port": 22}}}]}), "FieldUnsupported"),
             (json!({"containers": [container], "hostNetwork": true}), "FieldUnsupported"),
         ] {
@@ -253,9 +286,7 @@ mod tests {
     fn selectors_and_affinity_are_checked_again() {
         let labels = BTreeMap::from([("zone".to_owned(), "a".to_owned()), ("cores".to_owned(), "8".to_owned())]);
         let room = Room { pods: 10, ..Room::default() };
-        let affinity = |terms: Value| {
-            json!({"containers": [], "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}})
-        };
+        let affinity = |terms: Value| json!({"containers": [], "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}});
         for (spec, fine) in [
             (json!({"containers": [], "nodeSelector": {"zone": "a"}}), true),
             (json!({"containers": [], "nodeSelector": {"zone": "b"}}), false),
@@ -273,10 +304,18 @@ mod tests {
     #[test]
     fn no_execute_taints_need_a_toleration() {
         let node: Node = serde_json::from_value(json!({"spec": {"taints": [
-            {"key": "a", "value": "x", "effect": "NoExecute"}, {"key": "b", "effect": "NoSchedule"}]}})).unwrap();
+            {"key": "a", "value": "x", "effect": "NoExecute"}, {"key": "b", "effect": "NoSchedule"}]}}))
+        .unwrap();
         assert_eq!(reason(tolerates(&pod(json!({"containers": []})), &node)), Some("TaintToleration"));
-        for toleration in [json!({"operator": "Exists"}), json!({"key": "a", "value": "x"}), json!({"key": "a", "operator": "Exists", "effect": "NoExecute"})] {
-            assert!(tolerates(&pod(json!({"containers": [], "tolerations": [toleration.clone()]})), &node).is_ok(), "{toleration}");
+        for toleration in [
+            json!({"operator": "Exists"}),
+            json!({"key": "a", "value": "x"}),
+            json!({"key": "a", "operator": "Exists", "effect": "NoExecute"}),
+        ] {
+            assert!(
+                tolerates(&pod(json!({"containers": [], "tolerations": [toleration.clone()]})), &node).is_ok(),
+                "{toleration}"
+            );
         }
     }
 }

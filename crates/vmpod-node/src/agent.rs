@@ -3,9 +3,9 @@
 use std::{io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use futures::StreamExt as _;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use futures::StreamExt as _;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use vmpod_machine::{Exec, ExecSession, ExitStatus, Guest, GuestState, Machine, Signal, State, Winsize};
 
@@ -14,8 +14,8 @@ use crate::{
     pod,
     record::Main,
     server::{
-        AttachRequest, Duplex, ExecRequest, Exit, FsUsage, MachineStats, NodeStats, PodRef, PodStats, Runtime, RuntimeError, Streams,
-        Target, Usage,
+        AttachRequest, Duplex, ExecRequest, Exit, FsUsage, MachineStats, NodeStats, PodRef, PodStats, Runtime,
+        RuntimeError, Streams, Target, Usage,
     },
     worker::MAIN,
     world::{View, World},
@@ -48,7 +48,11 @@ impl Agent {
 
     fn container(&self, target: &Target) -> Result<View, RuntimeError> {
         let view = self.pod(&target.pod)?;
-        let known = view.pod.as_deref().and_then(pod::machine_container).is_some_and(|container| container.name == target.container);
+        let known = view
+            .pod
+            .as_deref()
+            .and_then(pod::machine_container)
+            .is_some_and(|container| container.name == target.container);
         if known { Ok(view) } else { Err(RuntimeError::NoContainer(target.clone())) }
     }
 
@@ -115,7 +119,8 @@ impl Runtime for Agent {
 
     async fn check_forward(&self, pod: &PodRef) -> Result<(), RuntimeError> {
         let view = self.pod(pod)?;
-        let container = view.pod.as_deref().and_then(pod::machine_container).map(|c| c.name.clone()).unwrap_or_default();
+        let container =
+            view.pod.as_deref().and_then(pod::machine_container).map(|c| c.name.clone()).unwrap_or_default();
         self.running(&Target { pod: pod.clone(), container }).map(drop)
     }
 
@@ -136,7 +141,13 @@ impl Runtime for Agent {
         let run = view.run.unwrap_or_default();
         let what = format!("could not run {:?} in {target}", request.command.first().map_or("", String::as_str));
         let session = guest
-            .exec(Exec { command: request.command, env: run.env.clone(), workdir: run.workdir.clone(), tty, stdin: stdin.is_some() })
+            .exec(Exec {
+                command: request.command,
+                env: run.env.clone(),
+                workdir: run.workdir.clone(),
+                tty,
+                stdin: stdin.is_some(),
+            })
             .await
             .map_err(guest_error(what.clone()))?;
         let ExecSession { stdin: input, stdout: output, stderr: errors, control } = session;
@@ -178,10 +189,7 @@ impl Runtime for Agent {
         let file = self.logs(target, false).await?;
         let Streams { stdout, stderr, .. } = streams;
         let has_main = view.run.as_ref().is_some_and(|run| !run.command.is_empty());
-        tokio::join!(
-            follow(file.clone(), logs::Stream::Stdout, stdout),
-            follow(file, logs::Stream::Stderr, stderr)
-        );
+        tokio::join!(follow(file.clone(), logs::Stream::Stdout, stdout), follow(file, logs::Stream::Stderr, stderr));
         if has_main {
             let status = machine.guest().main_process(MAIN).wait().await;
             return status.map(exit).map_err(guest_error(format!("could not learn how {target} ended")));
@@ -203,18 +211,24 @@ impl Runtime for Agent {
         let live = if previous { None } else { view.log };
         if live.is_none() && !path.exists() {
             let waiting = attempt.ended.is_none() && !matches!(attempt.main, Main::Ended { .. });
-            return Err(none(if waiting { "the container is waiting to start" } else { "it said nothing, or its log is gone" }));
+            return Err(none(if waiting {
+                "the container is waiting to start"
+            } else {
+                "it said nothing, or its log is gone"
+            }));
         }
         Ok(LogFile { path, live })
     }
 
     async fn port_forward(&self, pod: &PodRef, port: u16) -> io::Result<Box<dyn Duplex>> {
         let view = self.pod(pod).map_err(io::Error::other)?;
-        let container = view.pod.as_deref().and_then(pod::machine_container).map(|c| c.name.clone()).unwrap_or_default();
+        let container =
+            view.pod.as_deref().and_then(pod::machine_container).map(|c| c.name.clone()).unwrap_or_default();
         let target = Target { pod: pod.clone(), container };
         let (_, machine) = self.running(&target).map_err(io::Error::other)?;
         let guest = Self::ready(&target, &machine).await.map_err(io::Error::other)?;
-        let stream = guest.forward(port).await.map_err(|error| io::Error::new(io::ErrorKind::ConnectionRefused, error))?;
+        let stream =
+            guest.forward(port).await.map_err(|error| io::Error::new(io::ErrorKind::ConnectionRefused, error))?;
         Ok(Box::new(stream))
     }
 
@@ -243,7 +257,7 @@ impl Runtime for Agent {
                         memory_available_bytes: Some(limit.saturating_sub(stats.rss)),
                     },
                     rootfs: None,
-                    log_bytes: log.metadata().map(|meta| meta.len()).unwrap_or(0),
+                    log_bytes: log.metadata().map_or(0, |meta| meta.len()),
                 }],
                 network: None,
             });
@@ -282,10 +296,22 @@ fn host_usage(dir: &std::path::Path, images: &std::path::Path) -> NodeStats {
 /// Processor time that this host has spent working since it booted, by Linux's `/proc/stat`; zero elsewhere.
 fn cpu_nanoseconds() -> u64 {
     let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
-    let numbers: Vec<u64> =
-        stat.lines().next().unwrap_or_default().split_whitespace().skip(1).filter_map(|number| number.parse().ok()).collect();
+    let numbers: Vec<u64> = stat
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|number| number.parse().ok())
+        .collect();
     // user, nice, system, idle, iowait, irq, softirq, steal; in hundredths of a second.
-    let busy = numbers.iter().take(8).enumerate().filter(|(at, _)| !matches!(at, 3 | 4)).map(|(_, number)| number).sum::<u64>();
+    let busy = numbers
+        .iter()
+        .take(8)
+        .enumerate()
+        .filter(|(at, _)| !matches!(at, 3 | 4))
+        .map(|(_, number)| number)
+        .sum::<u64>();
     busy.saturating_mul(10_000_000)
 }
 

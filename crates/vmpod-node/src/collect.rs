@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use vmpod_machine::{GuestError, MainProcess, Offset, StdStream, console};
 
-use crate::logs::{Limits, Live, LogError, Progress, Stream, Writer, record::Position};
+use crate::logs::{Limits, Live, LogError, Progress, Stream, Writer};
 
 /// Where output comes from.
 pub(crate) enum Source {
@@ -70,7 +70,7 @@ impl Collector {
 }
 
 async fn collect_main(writer: &mut Writer, process: &MainProcess) {
-    let position = position(writer);
+    let position = writer.position();
     let mut output = process.follow(Offset { stdout: position.stdout, stderr: position.stderr });
     while let Some(chunk) = output.next().await {
         match chunk {
@@ -84,7 +84,10 @@ async fn collect_main(writer: &mut Writer, process: &MainProcess) {
             }
             Err(GuestError::Stopped) => return,
             Err(error) => {
-                tracing::warn!(error = crate::error_chain(&error), "the main process's output can't be followed any more");
+                tracing::warn!(
+                    error = crate::error_chain(&error),
+                    "the main process's output can't be followed any more"
+                );
                 return;
             }
         }
@@ -92,7 +95,7 @@ async fn collect_main(writer: &mut Writer, process: &MainProcess) {
 }
 
 async fn collect_console(writer: &mut Writer, path: &Path, last: CancellationToken) {
-    let mut output = std::pin::pin!(console::follow(path.to_owned(), position(writer).stdout, last));
+    let mut output = std::pin::pin!(console::follow(path.to_owned(), writer.position().stdout, last));
     while let Some(chunk) = output.next().await {
         match chunk {
             Ok((start, bytes)) => append(writer, start, Stream::Stdout, &bytes).await,
@@ -114,8 +117,4 @@ async fn append(writer: &mut Writer, start: u64, stream: Stream, bytes: &[u8]) {
         }
         tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     }
-}
-
-fn position(writer: &Writer) -> Position {
-    Position { stdout: writer.resume(), stderr: writer.resume() }
 }

@@ -64,14 +64,20 @@ pub(crate) struct Facts {
 }
 
 /// The variables, in the order of their first mention; a later value replaces an earlier one.
-pub(crate) fn resolve(pod: &Pod, container: &Container, fetched: &Fetched, facts: &Facts) -> Result<Vec<(String, String)>, ConfigError> {
+pub(crate) fn resolve(
+    pod: &Pod,
+    container: &Container,
+    fetched: &Fetched,
+    facts: &Facts,
+) -> Result<Vec<(String, String)>, ConfigError> {
     let namespace = pod::namespace(pod);
     let mut env = Variables::default();
     for source in container.env_from.iter().flatten() {
         let prefix = source.prefix.as_deref().unwrap_or_default();
         if let Some(from) = &source.config_map_ref {
             match fetched.config_maps.get(&from.name) {
-                Some(map) => pod::entries(map.data.as_ref()).for_each(|(key, value)| env.set(&format!("{prefix}{key}"), value.clone())),
+                Some(map) => pod::entries(map.data.as_ref())
+                    .for_each(|(key, value)| env.set(&format!("{prefix}{key}"), value.clone())),
                 None if from.optional == Some(true) => {}
                 None => return Err(ConfigError::Missing { kind: "configmap", name: from.name.clone() }),
             }
@@ -137,13 +143,12 @@ fn expand(text: &str, env: &Variables) -> String {
             out.push('$');
             rest = after;
         } else if let Some((name, after)) = rest.strip_prefix('(').and_then(|inner| inner.split_once(')')) {
-            match env.get(name) {
-                Some(value) => out.push_str(value),
-                None => {
-                    out.push_str("$(");
-                    out.push_str(name);
-                    out.push(')');
-                }
+            if let Some(value) = env.get(name) {
+                out.push_str(value);
+            } else {
+                out.push_str("$(");
+                out.push_str(name);
+                out.push(')');
             }
             rest = after;
         } else {
@@ -178,28 +183,49 @@ fn from_source(
             .unwrap_or(container);
         return resource_value(of, &resource.resource, facts)
             .map(|value| Some(value.divided_up(divisor).to_string()))
-            .ok_or_else(|| ConfigError::Resource { variable: variable.to_owned(), resource: resource.resource.clone() });
+            .ok_or_else(|| ConfigError::Resource {
+                variable: variable.to_owned(),
+                resource: resource.resource.clone(),
+            });
     }
     if let Some(from) = &source.config_map_key_ref {
         let optional = from.optional == Some(true);
         let Some(map) = fetched.config_maps.get(&from.name) else {
-            return if optional { Ok(None) } else { Err(ConfigError::Missing { kind: "configmap", name: from.name.clone() }) };
+            return if optional {
+                Ok(None)
+            } else {
+                Err(ConfigError::Missing { kind: "configmap", name: from.name.clone() })
+            };
         };
         return match map.data.as_ref().and_then(|data| data.get(&from.key)) {
             Some(value) => Ok(Some(value.clone())),
             None if optional => Ok(None),
-            None => Err(ConfigError::MissingKey { kind: "ConfigMap", namespace, name: from.name.clone(), key: from.key.clone() }),
+            None => Err(ConfigError::MissingKey {
+                kind: "ConfigMap",
+                namespace,
+                name: from.name.clone(),
+                key: from.key.clone(),
+            }),
         };
     }
     if let Some(from) = &source.secret_key_ref {
         let optional = from.optional == Some(true);
         let Some(secret) = fetched.secrets.get(&from.name) else {
-            return if optional { Ok(None) } else { Err(ConfigError::Missing { kind: "secret", name: from.name.clone() }) };
+            return if optional {
+                Ok(None)
+            } else {
+                Err(ConfigError::Missing { kind: "secret", name: from.name.clone() })
+            };
         };
         return match secret.data.as_ref().and_then(|data| data.get(&from.key)) {
             Some(value) => text(&value.0, "Secret", &namespace, &from.name, &from.key).map(Some),
             None if optional => Ok(None),
-            None => Err(ConfigError::MissingKey { kind: "Secret", namespace, name: from.name.clone(), key: from.key.clone() }),
+            None => Err(ConfigError::MissingKey {
+                kind: "Secret",
+                namespace,
+                name: from.name.clone(),
+                key: from.key.clone(),
+            }),
         };
     }
     if source.file_key_ref.is_some() {
@@ -259,6 +285,7 @@ fn resource_value(container: &Container, resource: &str, facts: &Facts) -> Optio
 }
 
 #[cfg(test)]
+#[expect(clippy::needless_pass_by_value, reason = "JSON is written in place")]
 mod tests {
     use serde_json::{Value, json};
 
@@ -310,7 +337,15 @@ mod tests {
         .unwrap();
         assert_eq!(
             env,
-            pairs(&[("A", "own"), ("B", "b"), ("P_A", "from-cm"), ("P_B", "b"), ("T", "hello"), ("E", ""), ("X", "own-hello-$(A)-$(NONE)-$A-$(")])
+            pairs(&[
+                ("A", "own"),
+                ("B", "b"),
+                ("P_A", "from-cm"),
+                ("P_B", "b"),
+                ("T", "hello"),
+                ("E", ""),
+                ("X", "own-hello-$(A)-$(NONE)-$A-$(")
+            ])
         );
     }
 
@@ -335,9 +370,18 @@ mod tests {
         for (container, message) in [
             (json!({"envFrom": [{"configMapRef": {"name": "no"}}]}), "configmap \"no\" not found"),
             (json!({"envFrom": [{"secretRef": {"name": "no"}}]}), "secret \"no\" not found"),
-            (json!({"env": [{"name": "V", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "Z"}}}]}), "couldn't find key Z in ConfigMap ns/cm"),
-            (json!({"env": [{"name": "V", "valueFrom": {"secretKeyRef": {"name": "s", "key": "BAD"}}}]}), "the value of key BAD in Secret ns/s is no text"),
-            (json!({"env": [{"name": "V", "valueFrom": {"fieldRef": {"fieldPath": "spec.nope"}}}]}), "environment variable V: field \"spec.nope\" is not supported"),
+            (
+                json!({"env": [{"name": "V", "valueFrom": {"configMapKeyRef": {"name": "cm", "key": "Z"}}}]}),
+                "couldn't find key Z in ConfigMap ns/cm",
+            ),
+            (
+                json!({"env": [{"name": "V", "valueFrom": {"secretKeyRef": {"name": "s", "key": "BAD"}}}]}),
+                "the value of key BAD in Secret ns/s is no text",
+            ),
+            (
+                json!({"env": [{"name": "V", "valueFrom": {"fieldRef": {"fieldPath": "spec.nope"}}}]}),
+                "environment variable V: field \"spec.nope\" is not supported",
+            ),
         ] {
             let mut container = container;
             container["name"] = json!("vm");
@@ -348,6 +392,9 @@ mod tests {
     #[test]
     fn commands_are_expanded_too() {
         let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        assert_eq!(command_line(&words(&["sh", "-c"]), &words(&["echo $(A) $$(A)"]), &pairs(&[("A", "1")])), words(&["sh", "-c", "echo 1 $(A)"]));
+        assert_eq!(
+            command_line(&words(&["sh", "-c"]), &words(&["echo $(A) $$(A)"]), &pairs(&[("A", "1")])),
+            words(&["sh", "-c", "echo 1 $(A)"])
+        );
     }
 }

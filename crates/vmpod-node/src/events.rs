@@ -137,7 +137,12 @@ async fn send_all(client: Client, node: String, mut told: mpsc::Receiver<Told>) 
     }
 }
 
-async fn send(client: &Client, node: &str, told: &Told, known: Option<(String, i32)>) -> Result<(String, i32), kube::Error> {
+async fn send(
+    client: &Client,
+    node: &str,
+    told: &Told,
+    known: Option<(String, i32)>,
+) -> Result<(String, i32), kube::Error> {
     let namespace = told.about.namespace.as_deref().unwrap_or("default");
     let api: Api<Event> = Api::namespaced(client.clone(), namespace);
     let now = Time(told.at);
@@ -154,7 +159,11 @@ async fn send(client: &Client, node: &str, told: &Told, known: Option<(String, i
     let about = told.about.name.as_deref().unwrap_or_default();
     let name = format!("{about}.{:x}", told.at.as_nanosecond());
     let event = Event {
-        metadata: ObjectMeta { name: Some(name.clone()), namespace: Some(namespace.to_owned()), ..ObjectMeta::default() },
+        metadata: ObjectMeta {
+            name: Some(name.clone()),
+            namespace: Some(namespace.to_owned()),
+            ..ObjectMeta::default()
+        },
         involved_object: told.about.clone(),
         reason: Some(told.reason.to_owned()),
         message: Some(told.message.clone()),

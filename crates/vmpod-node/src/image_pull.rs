@@ -78,7 +78,8 @@ async fn find(
     container: &Container,
     name: &str,
 ) -> Result<Image, ImageTrouble> {
-    let reference = Reference::parse(name).map_err(|error| ImageTrouble::new("InvalidImageName", error_chain(&error)))?;
+    let reference =
+        Reference::parse(name).map_err(|error| ImageTrouble::new("InvalidImageName", error_chain(&error)))?;
     let policy = Policy::of(container, &reference);
     let present = {
         let (store, reference) = (store.clone(), reference.clone());
@@ -91,12 +92,22 @@ async fn find(
     };
     match (present, policy) {
         (Some(image), Policy::IfNotPresent | Policy::Never) => {
-            events.container(pod, Kind::Normal, "Pulled", format!("Container image {name:?} already present on machine"));
+            events.container(
+                pod,
+                Kind::Normal,
+                "Pulled",
+                format!("Container image {name:?} already present on machine"),
+            );
             return Ok(image);
         }
         // A local name belongs to this store alone: there is nowhere to look for something newer.
         (Some(image), Policy::Always) if reference.is_local() => {
-            events.container(pod, Kind::Normal, "Pulled", format!("Container image {name:?} already present on machine"));
+            events.container(
+                pod,
+                Kind::Normal,
+                "Pulled",
+                format!("Container image {name:?} already present on machine"),
+            );
             return Ok(image);
         }
         (None, Policy::Never) => {
@@ -121,7 +132,9 @@ async fn find(
         ca_files: registries.ca_files.clone(),
         ..PullOptions::default()
     };
-    let image = pull(store, &reference, options).await.map_err(|error| ImageTrouble::new("ErrImagePull", error_chain(&error)))?;
+    let image = pull(store, &reference, options)
+        .await
+        .map_err(|error| ImageTrouble::new("ErrImagePull", error_chain(&error)))?;
     let took = go_duration(Timestamp::now().duration_since(begun));
     events.container(
         pod,

@@ -73,6 +73,15 @@ pub struct Node {
     ready: watch::Sender<bool>,
 }
 
+impl Drop for Node {
+    /// Workers end with the agent, however it ends. Machines don't.
+    fn drop(&mut self) {
+        for handle in self.world.pods().values() {
+            handle.task.abort();
+        }
+    }
+}
+
 /// What an earlier agent left, to be matched with the API's first list.
 #[derive(Default)]
 struct Left {
@@ -184,20 +193,24 @@ impl Node {
         let runtime = self.runtime();
         let mut tasks = JoinSet::new();
         let (serving_stop, mut server_failed) = (CancellationToken::new(), watch::channel(None).1);
-        let mut server = None;
+        let mut server = JoinSet::new();
         if let Some((listener, serving)) = self.listener.take() {
             let config = json!({"node": self.profile.name, "pods": self.profile.capacity.pods});
-            let options = server::Options { node: self.profile.name.clone(), client: self.world.client.clone(), serving, runtime, config };
+            let options = server::Options {
+                node: self.profile.name.clone(),
+                client: self.world.client.clone(),
+                serving,
+                runtime,
+                config,
+            };
             let (failed, receiver) = watch::channel(None);
             server_failed = receiver;
             let until = serving_stop.clone();
-            server = Some(tokio::spawn(async move {
+            server.spawn(async move {
                 if let Err(error) = server::Server::new(options).serve(listener, until).await {
                     failed.send_replace(Some(error.to_string()));
                 }
-                // A server that ended in order is no failure: its sender stays until the agent ends.
-                failed
-            }));
+            });
         }
         let registered = tokio::select! {
             node = self.register() => node,
@@ -241,12 +254,7 @@ impl Node {
         }
         tasks.shutdown().await;
         serving_stop.cancel();
-        if let Some(server) = server {
-            server.await.ok();
-        }
-        for handle in self.world.pods().values() {
-            handle.task.abort();
-        }
+        while server.join_next().await.is_some() {}
         result
     }
 
@@ -256,7 +264,10 @@ impl Node {
         loop {
             match registration::register(&self.world.client, &self.profile, &self.world.store).await {
                 Ok(node) => return node,
-                Err(error) => tracing::warn!(error = error_chain(&error), "the Node can't be registered; trying again in {wait:?}"),
+                Err(error) => tracing::warn!(
+                    error = error_chain(&error),
+                    "the Node can't be registered; trying again in {wait:?}"
+                ),
             }
             tokio::time::sleep(wait).await;
             wait = (wait * 2).min(Duration::from_secs(10));
@@ -280,7 +291,8 @@ impl Node {
                 None => {}
             }
         }
-        let present: HashSet<_> = left.machines.iter().map(|(id, _)| id.clone()).filter(|id| !orphans.contains(id)).collect();
+        let present: HashSet<_> =
+            left.machines.iter().map(|(id, _)| id.clone()).filter(|id| !orphans.contains(id)).collect();
         futures::stream::iter(orphans).for_each_concurrent(8, |id| self.remove_orphan(id)).await;
         for uid in &left.damaged {
             if let Err(error) = self.world.records.forget(uid) {
@@ -359,7 +371,9 @@ impl Node {
             Change::Set(uid, pod) => {
                 let known = {
                     let pods = self.world.pods();
-                    pods.get(&uid).map(|handle| handle.wanted.send_modify(|wanted| wanted.pod = Some(Arc::clone(&pod)))).is_some()
+                    pods.get(&uid)
+                        .map(|handle| handle.wanted.send_modify(|wanted| wanted.pod = Some(Arc::clone(&pod))))
+                        .is_some()
                 };
                 if !known {
                     let wanted = Wanted { pod: Some(pod), agent_stops: None };

@@ -28,6 +28,7 @@ pub(crate) struct Desired<'a> {
 }
 
 /// What is.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own, not a state")]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Observed {
     /// The machine of the current attempt.
@@ -85,6 +86,7 @@ pub(crate) enum Resolved {
 /// A job that failed and will be tried again. The reason is one that users of Kubernetes know.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Trouble {
+    pub(crate) job: Job,
     pub(crate) reason: String,
     pub(crate) message: String,
     pub(crate) retry: Timestamp,
@@ -213,7 +215,13 @@ fn over(pod: &Pod, seen: &Observed, now: Timestamp) -> Plan {
     Plan::wait()
 }
 
-fn new_stop(desired: Desired<'_>, pod: &Pod, record: &Record, deadline: Option<Timestamp>, now: Timestamp) -> Option<Stop> {
+fn new_stop(
+    desired: Desired<'_>,
+    pod: &Pod,
+    record: &Record,
+    deadline: Option<Timestamp>,
+    now: Timestamp,
+) -> Option<Stop> {
     let grace = pod::spec(pod).and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30).max(0);
     let after = |grace: SignedDuration| now.saturating_add(grace).unwrap_or(Timestamp::MAX);
     let wanted = if let Some(grace) = pod::deletion_grace(pod) {
@@ -291,13 +299,12 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
             end(pod, record, ended(record, attempt, 137, "ContainerStatusUnknown", Some(message), now))
         }
         MachineSeen::Absent => run(Job::Prepare, seen, now),
-        MachineSeen::Unfinished => run(Job::Remove, seen, now),
         MachineSeen::Prepared => run(Job::Start, seen, now),
         MachineSeen::Failed(why) => end(pod, record, ended(record, attempt, 128, "StartError", Some(why.clone()), now)),
         // It may have run, and may run now. Once that is written down nothing starts it again, and it can go.
         MachineSeen::Broken(_) if attempt.started.is_none() => Plan::step(Step::NoteStarted),
         MachineSeen::Broken(_) if seen.job.is_some() => Plan::wait(),
-        MachineSeen::Broken(_) => run(Job::Remove, seen, now),
+        MachineSeen::Broken(_) | MachineSeen::Unfinished => run(Job::Remove, seen, now),
         MachineSeen::Stopped(exit) if seen.drained => end(pod, record, after_exit(record, attempt, has_main, exit)),
         MachineSeen::Stopped(_) => Plan::wait(),
         MachineSeen::Booting => match stop {
@@ -328,7 +335,7 @@ fn running(attempt: &Attempt, stop: Option<&Stop>, has_main: bool, seen: &Observ
         if seen.stopping {
             return Plan::wait_until(stop.deadline);
         }
-        let step = match attempt.main {
+        let ask = match attempt.main {
             Main::Started(_) if seen.guest_ready => Step::SignalMain,
             // A process that was never started has nothing to lose.
             Main::Unstarted if has_main => Step::Kill,
@@ -336,7 +343,7 @@ fn running(attempt: &Attempt, stop: Option<&Stop>, has_main: bool, seen: &Observ
             Main::Started(_) | Main::Asked => return Plan::wait_until(stop.deadline),
             Main::Unstarted | Main::Ended { .. } => Step::PowerDown { deadline: stop.deadline },
         };
-        return Plan { steps: vec![step], wake: Some(stop.deadline) };
+        return Plan { steps: vec![ask], wake: Some(stop.deadline) };
     }
     match attempt.main {
         Main::Unstarted if has_main && seen.guest_ready => Plan::step(Step::AskMain),
@@ -348,7 +355,7 @@ fn running(attempt: &Attempt, stop: Option<&Stop>, has_main: bool, seen: &Observ
 /// A job, unless its last failure is too young.
 fn run(job: Job, seen: &Observed, now: Timestamp) -> Plan {
     match &seen.trouble {
-        Some(trouble) if trouble.retry > now => Plan::wait_until(trouble.retry),
+        Some(trouble) if trouble.job == job && trouble.retry > now => Plan::wait_until(trouble.retry),
         _ => Plan::step(Step::Run(job)),
     }
 }
@@ -361,12 +368,15 @@ fn end(pod: &Pod, record: &Record, ended: Ended) -> Plan {
     };
     // After a stop by the agent the pod may go on with the next agent, if its policy says so.
     let terminal = match (&record.stop, terminal) {
-        (Some(Stop { why: StopReason::Agent, .. }), None) if !RestartPolicy::of(pod).restarts(ended.exit_code) => Some(Terminal {
-            succeeded: ended.exit_code == 0,
-            reason: (ended.exit_code != 0).then(|| "Terminated".to_owned()),
-            message: (ended.exit_code != 0).then(|| "The node agent was stopped, and the pod's machine with it".to_owned()),
-            shown_before: false,
-        }),
+        (Some(Stop { why: StopReason::Agent, .. }), None) if !RestartPolicy::of(pod).restarts(ended.exit_code) => {
+            Some(Terminal {
+                succeeded: ended.exit_code == 0,
+                reason: (ended.exit_code != 0).then(|| "Terminated".to_owned()),
+                message: (ended.exit_code != 0)
+                    .then(|| "The node agent was stopped, and the pod's machine with it".to_owned()),
+                shown_before: false,
+            })
+        }
         (_, terminal) => terminal,
     };
     Plan::step(Step::End { ended, terminal })
@@ -379,7 +389,12 @@ fn verdict(ended: &Ended) -> Terminal {
 /// The verdict on a stopped pod; none when the pod isn't over.
 fn stop_verdict(why: StopReason, ended: Option<&Ended>) -> Option<Terminal> {
     match why {
-        StopReason::Deleted => Some(Terminal { succeeded: ended.is_some_and(|ended| ended.exit_code == 0), reason: None, message: None, shown_before: false }),
+        StopReason::Deleted => Some(Terminal {
+            succeeded: ended.is_some_and(|ended| ended.exit_code == 0),
+            reason: None,
+            message: None,
+            shown_before: false,
+        }),
         StopReason::Deadline => Some(Terminal {
             succeeded: false,
             reason: Some("DeadlineExceeded".to_owned()),
@@ -390,7 +405,14 @@ fn stop_verdict(why: StopReason, ended: Option<&Ended>) -> Option<Terminal> {
     }
 }
 
-fn ended(record: &Record, attempt: &Attempt, exit_code: i32, reason: &str, message: Option<String>, finished: Timestamp) -> Ended {
+fn ended(
+    record: &Record,
+    attempt: &Attempt,
+    exit_code: i32,
+    reason: &str,
+    message: Option<String>,
+    finished: Timestamp,
+) -> Ended {
     let started = match attempt.main {
         Main::Started(at) | Main::Ended { started: Some(at), .. } => Some(at),
         _ => attempt.started,
@@ -406,7 +428,14 @@ fn ended(record: &Record, attempt: &Attempt, exit_code: i32, reason: &str, messa
 }
 
 fn lost(record: &Record, attempt: &Attempt, why: &str, now: Timestamp) -> Ended {
-    ended(record, attempt, 137, "ContainerStatusUnknown", Some(format!("The container's machine could not be found again: {why}")), now)
+    ended(
+        record,
+        attempt,
+        137,
+        "ContainerStatusUnknown",
+        Some(format!("The container's machine could not be found again: {why}")),
+        now,
+    )
 }
 
 /// How a container ended whose machine has stopped.
@@ -425,7 +454,9 @@ fn after_exit(record: &Record, attempt: &Attempt, has_main: bool, exit: &Exit) -
         ExitCause::GuestShutdown => ended(record, attempt, 0, "Completed", None, exit.at),
         ExitCause::GuestPanic | ExitCause::HypervisorFailed => ended(record, attempt, 1, "Error", detail, exit.at),
         ExitCause::Killed => ended(record, attempt, 137, "Error", detail, exit.at),
-        ExitCause::NeverStarted | ExitCause::Unseen => ended(record, attempt, 137, "ContainerStatusUnknown", detail, exit.at),
+        ExitCause::NeverStarted | ExitCause::Unseen => {
+            ended(record, attempt, 137, "ContainerStatusUnknown", detail, exit.at)
+        }
     }
 }
 

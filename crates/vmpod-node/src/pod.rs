@@ -22,7 +22,11 @@ pub(crate) struct BadUid(String);
 impl PodUid {
     pub(crate) fn parse(text: &str) -> Result<Self, BadUid> {
         // A machine's id is the UID, '-' and a number, in at most 63 characters.
-        if text.len() <= 52 && MachineId::parse(text).is_ok() { Ok(Self(text.to_owned())) } else { Err(BadUid(text.to_owned())) }
+        if text.len() <= 52 && MachineId::parse(text).is_ok() {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(BadUid(text.to_owned()))
+        }
     }
 
     pub(crate) fn of(pod: &Pod) -> Result<Self, BadUid> {
@@ -35,7 +39,8 @@ impl PodUid {
 
     /// The machine of an attempt.
     pub(crate) fn machine(&self, attempt: u32) -> MachineId {
-        MachineId::parse(format!("{}-{attempt}", self.0)).expect("a UID of at most 52 characters and a number make a machine id")
+        MachineId::parse(format!("{}-{attempt}", self.0))
+            .expect("a UID of at most 52 characters and a number make a machine id")
     }
 
     /// The pod and attempt that a machine belongs to, if its name is of our making.
@@ -250,7 +255,10 @@ mod tests {
     #[test]
     fn host_names_are_cut_as_the_kubelet_cuts_them() {
         let pod = |name: &str, hostname: Option<&str>| -> Pod {
-            serde_json::from_value(serde_json::json!({"metadata": {"name": name}, "spec": {"containers": [], "hostname": hostname}})).unwrap()
+            serde_json::from_value(
+                serde_json::json!({"metadata": {"name": name}, "spec": {"containers": [], "hostname": hostname}}),
+            )
+            .unwrap()
         };
         assert_eq!(hostname(&pod("web", None)), "web");
         assert_eq!(hostname(&pod("web", Some("db"))), "db");

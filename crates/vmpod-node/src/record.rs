@@ -202,7 +202,11 @@ pub(crate) enum Kept {
 impl Records {
     pub(crate) fn open(dir: &Path) -> Result<Self, RecordError> {
         let root = dir.join("pods");
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&root).map_err(file_error("make the directory", &root))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&root)
+            .map_err(file_error("make the directory", &root))?;
         Ok(Self { root })
     }
 
@@ -224,7 +228,11 @@ impl Records {
     pub(crate) fn save(&self, record: &Record) -> Result<(), RecordError> {
         let dir = self.dir(&record.uid);
         let new = !dir.exists();
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(file_error("make the directory", &dir))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(file_error("make the directory", &dir))?;
         let path = dir.join(FILE);
         let bytes = serde_json::to_vec_pretty(record).map_err(io::Error::from).map_err(file_error("encode", &path))?;
         write_whole(&path, &bytes).map_err(file_error("write", &path))?;
@@ -304,7 +312,10 @@ mod tests {
         records.save(&record).unwrap();
         fs::create_dir_all(records.dir(&record.uid).join("vm")).unwrap();
         let all = records.load().unwrap();
-        assert!(matches!(&all[..], [(uid, Kept::Record(kept))] if uid.as_str() == "a-1" && **kept == record), "{all:?}");
+        assert!(
+            matches!(&all[..], [(uid, Kept::Record(kept))] if uid.as_str() == "a-1" && **kept == record),
+            "{all:?}"
+        );
         records.forget(&record.uid).unwrap();
         records.forget(&record.uid).unwrap();
         assert!(records.load().unwrap().is_empty());
@@ -319,7 +330,12 @@ mod tests {
         records.save(&record("torn")).unwrap();
         fs::write(records.dir(&PodUid::parse("torn").unwrap()).join(FILE), "{").unwrap();
         fs::create_dir(dir.path().join("pods/empty")).unwrap();
-        let kinds: Vec<_> = records.load().unwrap().into_iter().map(|(uid, kept)| (uid.to_string(), matches!(kept, Kept::Record(_)))).collect();
+        let kinds: Vec<_> = records
+            .load()
+            .unwrap()
+            .into_iter()
+            .map(|(uid, kept)| (uid.to_string(), matches!(kept, Kept::Record(_))))
+            .collect();
         assert_eq!(kinds, [("empty".to_owned(), false), ("good".to_owned(), true), ("torn".to_owned(), false)]);
     }
 

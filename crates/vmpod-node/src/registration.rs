@@ -7,8 +7,8 @@ use k8s_openapi::{
     api::{
         coordination::v1::{Lease, LeaseSpec},
         core::v1::{
-            ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus, NodeSystemInfo,
-            Taint,
+            ContainerImage, DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec,
+            NodeStatus, NodeSystemInfo, Taint,
         },
     },
     apimachinery::pkg::{
@@ -87,9 +87,17 @@ fn labels(profile: &Profile) -> BTreeMap<String, String> {
 }
 
 /// The status; conditions that haven't changed keep their transition time from `old`.
-pub(crate) fn status(profile: &Profile, images: Vec<ContainerImage>, health: &Health, old: Option<&NodeStatus>, now: Timestamp) -> NodeStatus {
+pub(crate) fn status(
+    profile: &Profile,
+    images: Vec<ContainerImage>,
+    health: &Health,
+    old: Option<&NodeStatus>,
+    now: Timestamp,
+) -> NodeStatus {
     let capacity = &profile.capacity;
-    let cpu = |millis: u64| Quantity(if millis.is_multiple_of(1000) { (millis / 1000).to_string() } else { format!("{millis}m") });
+    let cpu = |millis: u64| {
+        Quantity(if millis.is_multiple_of(1000) { (millis / 1000).to_string() } else { format!("{millis}m") })
+    };
     // In Ki, as kubelets write it.
     let bytes = |bytes: u64| Quantity(format!("{}Ki", bytes / 1024));
     let list = |millis, memory| {
@@ -102,7 +110,10 @@ pub(crate) fn status(profile: &Profile, images: Vec<ContainerImage>, health: &He
     };
     let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
     NodeStatus {
-        capacity: Some(list(u64::from(capacity.cpus) * 1000 * u64::from(capacity.cpu_overcommit_percent) / 100, capacity.memory.bytes())),
+        capacity: Some(list(
+            u64::from(capacity.cpus) * 1000 * u64::from(capacity.cpu_overcommit_percent) / 100,
+            capacity.memory.bytes(),
+        )),
         allocatable: Some(list(capacity.allocatable_millicpus(), capacity.allocatable_memory())),
         addresses: Some(vec![
             address("InternalIP", profile.address.to_string()),
@@ -173,7 +184,9 @@ fn differs(shown: &NodeStatus, wanted: &NodeStatus) -> bool {
             }
             // Conditions of others don't count.
             conditions.retain(|c| {
-                c.get("type").and_then(Value::as_str).is_some_and(|t| ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"].contains(&t))
+                c.get("type")
+                    .and_then(Value::as_str)
+                    .is_some_and(|t| ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"].contains(&t))
             });
             conditions.sort_by_key(|c| c.get("type").and_then(Value::as_str).map(str::to_owned));
         }
@@ -182,7 +195,8 @@ fn differs(shown: &NodeStatus, wanted: &NodeStatus) -> bool {
     let (shown, wanted) = (strip(shown), strip(wanted));
     let Value::Object(wanted) = wanted else { return true };
     wanted.iter().any(|(field, value)| {
-        let empty = value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty);
+        let empty =
+            value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(serde_json::Map::is_empty);
         shown.get(field) != Some(value) && !(empty && shown.get(field).is_none())
     })
 }
@@ -196,7 +210,9 @@ pub(crate) fn images(store: &Store) -> Vec<ContainerImage> {
             return Vec::new();
         }
     };
-    all.sort_by(|a, b| b.stored_bytes.cmp(&a.stored_bytes).then_with(|| a.digest.to_string().cmp(&b.digest.to_string())));
+    all.sort_by(|a, b| {
+        b.stored_bytes.cmp(&a.stored_bytes).then_with(|| a.digest.to_string().cmp(&b.digest.to_string()))
+    });
     all.into_iter()
         .take(IMAGES)
         .map(|image| ContainerImage {
@@ -243,7 +259,13 @@ async fn post(api: &Api<Node>, name: &str, status: &NodeStatus) -> Result<Node, 
 }
 
 /// Keeps the Node's status true, until cancelled by being dropped. `updated` sees each object.
-pub(crate) async fn keep_status(client: Client, profile: Profile, store: Store, mut shown: Node, updated: impl Fn(Arc<Node>)) {
+pub(crate) async fn keep_status(
+    client: Client,
+    profile: Profile,
+    store: Store,
+    mut shown: Node,
+    updated: impl Fn(Arc<Node>),
+) {
     let api: Api<Node> = Api::all(client.clone());
     let mut posted = Timestamp::now();
     let mut tick = tokio::time::interval(STATUS_EVERY);
@@ -276,7 +298,9 @@ pub(crate) async fn keep_status(client: Client, profile: Profile, store: Store, 
                 posted = now;
                 updated(Arc::new(shown.clone()));
             }
-            Err(error) => tracing::warn!(error = error_chain(&error), "the Node's status can't be written; trying again"),
+            Err(error) => {
+                tracing::warn!(error = error_chain(&error), "the Node's status can't be written; trying again");
+            }
         }
     }
 }
@@ -300,7 +324,9 @@ pub(crate) async fn keep_lease(client: Client, node: Node) {
         let failed = result.is_err();
         match result {
             Ok(lease) => known = Some(lease),
-            Err(error) => tracing::warn!(error = error_chain(&error), "the node's Lease can't be renewed; trying again"),
+            Err(error) => {
+                tracing::warn!(error = error_chain(&error), "the node's Lease can't be renewed; trying again");
+            }
         }
         // ± 4 %, so that many nodes don't renew together.
         let jitter = f64::from(rand::random_range(-40_i32..=40)) / 1000.0;

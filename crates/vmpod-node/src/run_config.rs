@@ -67,7 +67,12 @@ impl RunConfig {
     }
 
     /// Fetches what the container needs and resolves it.
-    pub(crate) async fn resolve(client: &Client, pod: &Pod, container: &Container, facts: &Facts) -> Result<Self, RunConfigError> {
+    pub(crate) async fn resolve(
+        client: &Client,
+        pod: &Pod,
+        container: &Container,
+        facts: &Facts,
+    ) -> Result<Self, RunConfigError> {
         let mut needs = Needs::of(container);
         let inline = pod::annotation(pod, annotations::USER_DATA);
         let secret = pod::annotation(pod, annotations::USER_DATA_SECRET);
@@ -77,7 +82,8 @@ impl RunConfig {
         needs.secrets.extend(secret.map(str::to_owned));
         let fetched = fetch(client, pod::namespace(pod), &needs).await?;
         let env = env::resolve(pod, container, &fetched, facts)?;
-        let command = pod::command(container).map(|(command, args)| env::command_line(command, args, &env)).unwrap_or_default();
+        let command =
+            pod::command(container).map(|(command, args)| env::command_line(command, args, &env)).unwrap_or_default();
         let user_data = match secret {
             Some(name) => Some(secret_user_data(pod, name, &fetched)?),
             None => inline.map(str::to_owned),
@@ -88,10 +94,16 @@ impl RunConfig {
 }
 
 fn secret_user_data(pod: &Pod, name: &str, fetched: &Fetched) -> Result<String, ConfigError> {
-    let secret = fetched.secrets.get(name).ok_or_else(|| ConfigError::Missing { kind: "secret", name: name.to_owned() })?;
+    let secret =
+        fetched.secrets.get(name).ok_or_else(|| ConfigError::Missing { kind: "secret", name: name.to_owned() })?;
     let (namespace, name, key) = (pod::namespace(pod).to_owned(), name.to_owned(), USER_DATA_KEY.to_owned());
     match secret.data.as_ref().and_then(|data| data.get(USER_DATA_KEY)) {
-        Some(bytes) => String::from_utf8(bytes.0.clone()).map_err(|_| ConfigError::NotText { kind: "Secret", namespace, name, key }),
+        Some(bytes) => String::from_utf8(bytes.0.clone()).map_err(|_| ConfigError::NotText {
+            kind: "Secret",
+            namespace,
+            name,
+            key,
+        }),
         None => Err(ConfigError::MissingKey { kind: "Secret", namespace, name, key }),
     }
 }
@@ -100,8 +112,10 @@ fn secret_user_data(pod: &Pod, name: &str, fetched: &Fetched) -> Result<String, 
 async fn fetch(client: &Client, namespace: &str, needs: &Needs) -> Result<Fetched, RunConfigError> {
     let config_maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    let (config_maps, secrets) =
-        futures::try_join!(get_all(&config_maps, "configmap", namespace, &needs.config_maps), get_all(&secrets, "secret", namespace, &needs.secrets))?;
+    let (config_maps, secrets) = futures::try_join!(
+        get_all(&config_maps, "configmap", namespace, &needs.config_maps),
+        get_all(&secrets, "secret", namespace, &needs.secrets)
+    )?;
     Ok(Fetched { config_maps, secrets })
 }
 
@@ -117,7 +131,12 @@ where
     let fetched = names.iter().map(|name| async move {
         match api.get_opt(name).await {
             Ok(object) => Ok(object.map(|object| (name.clone(), object))),
-            Err(source) => Err(RunConfigError::Fetch { kind, namespace: namespace.to_owned(), name: name.clone(), source: Box::new(source) }),
+            Err(source) => Err(RunConfigError::Fetch {
+                kind,
+                namespace: namespace.to_owned(),
+                name: name.clone(),
+                source: Box::new(source),
+            }),
         }
     });
     Ok(futures::future::try_join_all(fetched).await?.into_iter().flatten().collect())

@@ -42,7 +42,9 @@ pub(crate) async fn run(client: Client, node: &str, changes: mpsc::Sender<Change
                     }
                 }
             }
-            Err(error) => tracing::warn!(error = crate::error_chain(&error), "the API can't be watched for pods; trying again"),
+            Err(error) => {
+                tracing::warn!(error = crate::error_chain(&error), "the API can't be watched for pods; trying again");
+            }
         }
     }
 }
@@ -122,7 +124,7 @@ mod tests {
     fn half_a_list_is_never_passed_on() {
         let mut assembly = Assembly::default();
         let mut all = Vec::new();
-        for event in [
+        for event in vec![
             Event::Init,
             Event::InitApply(pod("a", "1")),
             // The list broke off and begins again.

@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{
-        ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, HostIP, Pod,
-        PodCondition, PodIP, PodStatus,
+        ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus,
+        HostIP, Pod, PodCondition, PodIP, PodStatus,
     },
     apimachinery::pkg::apis::meta::v1::Time,
 };
@@ -20,7 +20,8 @@ use crate::{
 };
 
 /// The conditions that a node agent owns; all others are left alone.
-const OWN_CONDITIONS: [&str; 5] = ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+const OWN_CONDITIONS: [&str; 5] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
 
 /// What the pod's status should be, as far as it is the agent's to say.
 ///
@@ -56,19 +57,26 @@ pub(crate) fn status(
     let name = &container.name;
     let container_status = ContainerStatus {
         name: name.clone(),
-        image: record.attempt.as_ref().map_or_else(|| container.image.clone().unwrap_or_default(), |a| a.image.name.clone()),
+        image: record
+            .attempt
+            .as_ref()
+            .map_or_else(|| container.image.clone().unwrap_or_default(), |a| a.image.name.clone()),
         image_id: record.attempt.as_ref().map(|a| image_id(&a.image.name, &a.image.digest)).unwrap_or_default(),
         container_id: record.machine().map(|id| format!("vmpod://{id}")),
         ready,
         started: Some(view.started && record.terminal.is_none()),
         restart_count: i32::try_from(view.restarts).unwrap_or(i32::MAX),
         state: Some(view.state.clone()),
-        last_state: view.last.as_ref().map(|ended| terminated_state(ended)),
+        last_state: view.last.as_ref().map(terminated_state),
         ..ContainerStatus::default()
     };
     let succeeded = record.terminal.as_ref().map(|terminal| terminal.succeeded);
-    let known = [published, pod.status.as_ref()].into_iter().flatten().filter_map(|status| status.conditions.as_deref()).flatten();
-    let conditions = conditions(known, &view.conditions(ready, succeeded, name), generation, now);
+    let known = [published, pod.status.as_ref()]
+        .into_iter()
+        .flatten()
+        .filter_map(|status| status.conditions.as_deref())
+        .flatten();
+    let conditions = conditions(&known, &view.conditions(ready, succeeded, name), generation, now);
     let address = record.address.filter(|_| view.has_address).map(|address| address.to_string());
     PodStatus {
         phase: Some(phase.to_owned()),
@@ -97,6 +105,7 @@ fn image_id(name: &str, digest: &str) -> String {
 }
 
 /// Container 0 in the words of the API.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own, not a state")]
 struct View {
     state: ContainerState,
     last: Option<Ended>,
@@ -126,7 +135,7 @@ impl View {
         if let Some(terminal) = &record.terminal {
             let state = match ended {
                 Some(ended) => terminated_state(ended),
-                None => never_located(&terminal.message),
+                None => never_located(terminal.message.as_deref()),
             };
             return Self { state, ..base };
         }
@@ -166,14 +175,16 @@ impl View {
     }
 
     fn conditions(&self, ready: bool, succeeded: Option<bool>, container: &str) -> [Said; 5] {
-        let unready = || Said::no("", "ContainersNotReady", Some(format!("containers with unready status: [{container}]")));
+        let unready =
+            || Said::no("", "ContainersNotReady", Some(format!("containers with unready status: [{container}]")));
         let (ready, initialized) = match succeeded {
             Some(true) => (Said::no("", "PodCompleted", None), Said::yes("").because("PodCompleted")),
             Some(false) => (Said::no("", "PodFailed", None), Said::yes("")),
             None if ready => (Said::yes(""), Said::yes("")),
             None => (unready(), Said::yes("")),
         };
-        let sandbox = if self.sandbox && succeeded.is_none() { Said::yes("") } else { Said { status: false, ..Said::yes("") } };
+        let sandbox =
+            if self.sandbox && succeeded.is_none() { Said::yes("") } else { Said { status: false, ..Said::yes("") } };
         [
             sandbox.named(OWN_CONDITIONS[0]),
             initialized.named(OWN_CONDITIONS[1]),
@@ -237,7 +248,8 @@ fn terminated_state(ended: &Ended) -> ContainerState {
             exit_code: ended.exit_code,
             reason: Some(ended.reason.clone()),
             message: ended.message.clone(),
-            started_at: ended.started.map(time),
+            // A container that never started began when it ended: clients print this time.
+            started_at: Some(time(ended.started.unwrap_or(ended.finished))),
             finished_at: Some(time(ended.finished)),
             container_id: Some(format!("vmpod://{}", ended.machine)),
             signal: None,
@@ -247,14 +259,14 @@ fn terminated_state(ended: &Ended) -> ContainerState {
 }
 
 /// A container that ended before it began.
-fn never_located(message: &Option<String>) -> ContainerState {
+fn never_located(message: Option<&str>) -> ContainerState {
     ContainerState {
         terminated: Some(ContainerStateTerminated {
             exit_code: 137,
             reason: Some("ContainerStatusUnknown".to_owned()),
-            message: message
-                .clone()
-                .or_else(|| Some("The container could not be located when the pod was terminated".to_owned())),
+            message: Some(
+                message.unwrap_or("The container could not be located when the pod was terminated").to_owned(),
+            ),
             ..ContainerStateTerminated::default()
         }),
         ..ContainerState::default()
@@ -289,7 +301,7 @@ impl Said {
 }
 
 fn conditions<'a>(
-    known: impl Iterator<Item = &'a PodCondition> + Clone,
+    known: &(impl Iterator<Item = &'a PodCondition> + Clone),
     said: &[Said],
     generation: Option<i64>,
     now: Timestamp,
@@ -322,8 +334,17 @@ fn time(at: Timestamp) -> Time {
 /// Only what is the agent's is compared and sent. A field that should be absent is sent as null.
 pub(crate) fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
     const OWN: [&str; 11] = [
-        "phase", "reason", "message", "startTime", "hostIP", "hostIPs", "podIP", "podIPs", "containerStatuses",
-        "observedGeneration", "conditions",
+        "phase",
+        "reason",
+        "message",
+        "startTime",
+        "hostIP",
+        "hostIPs",
+        "podIP",
+        "podIPs",
+        "containerStatuses",
+        "observedGeneration",
+        "conditions",
     ];
     let shown = json_of(pod.status.as_ref());
     let wanted = json_of(Some(wanted));
@@ -331,9 +352,9 @@ pub(crate) fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
     for field in OWN {
         let (old, new) = (shown.get(field), wanted.get(field));
         if field == "conditions" {
-            let changed = changed_conditions(old, new);
-            if !changed.is_empty() {
-                changes.insert(field.to_owned(), Value::Array(changed));
+            let news = changed_conditions(old, new);
+            if !news.is_empty() {
+                changes.insert(field.to_owned(), Value::Array(news));
             }
         } else if old != new {
             let value = match (field, old, new) {

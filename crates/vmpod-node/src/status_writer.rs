@@ -33,10 +33,18 @@ pub(crate) async fn run(client: Client, mut wanted: watch::Receiver<Option<(Arc<
                     }
                     // Gone, or another pod of this name: the watch will say so.
                     Err(kube::Error::Api(error)) if error.code == 404 || error.code == 409 => {
-                        tracing::debug!(pod = pod::name(&watched), code = error.code, "the pod's status has nowhere to go");
+                        tracing::debug!(
+                            pod = pod::name(&watched),
+                            code = error.code,
+                            "the pod's status has nowhere to go"
+                        );
                     }
                     Err(error) => {
-                        tracing::warn!(pod = pod::name(&watched), error = crate::error_chain(&error), "can't write the pod's status; trying again");
+                        tracing::warn!(
+                            pod = pod::name(&watched),
+                            error = crate::error_chain(&error),
+                            "can't write the pod's status; trying again"
+                        );
                         failed = true;
                     }
                 }

@@ -3,10 +3,13 @@
 use std::{net::Ipv4Addr, path::PathBuf};
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use vmpod_image::{Architecture, ClonedBoot, ClonedImage, Config, DiskFormat as ImageDiskFormat, Firmware as ImageFirmware, Os, SeedKind};
+use vmpod_image::{
+    Architecture, ClonedBoot, ClonedImage, Config, DiskFormat as ImageDiskFormat, Firmware as ImageFirmware, Os,
+    SeedKind,
+};
 use vmpod_machine::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, MachineId, Memory, Network, Protocol,
-    Secret, Seed, Spec,
+    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, MachineId, Memory,
+    Network, Protocol, Secret, Seed, Spec,
 };
 
 use crate::{
@@ -18,9 +21,13 @@ use crate::{
 /// Why a pod and its image don't make a machine: reason `CreateContainerError`, with this message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum TranslateError {
-    #[error("image {image} needs at least {needs} of memory, and the container gets {gets}: raise its memory request or limit")]
+    #[error(
+        "image {image} needs at least {needs} of memory, and the container gets {gets}: raise its memory request or limit"
+    )]
     Memory { image: String, needs: Memory, gets: Memory },
-    #[error("image {image} needs at least {needs} processors, and the container gets {gets}: raise its cpu request or limit")]
+    #[error(
+        "image {image} needs at least {needs} processors, and the container gets {gets}: raise its cpu request or limit"
+    )]
     Cpus { image: String, needs: u32, gets: u32 },
     #[error("image {image} holds a {os} guest, which this node can't run")]
     Os { image: String, os: Os },
@@ -38,7 +45,12 @@ pub(crate) struct Size {
 }
 
 /// The machine's size: the container's limits, else its requests, else what the image needs, else the node's default.
-pub(crate) fn size(container: &Container, image: &str, config: &Config, defaults: MachineDefaults) -> Result<Size, TranslateError> {
+pub(crate) fn size(
+    container: &Container,
+    image: &str,
+    config: &Config,
+    defaults: MachineDefaults,
+) -> Result<Size, TranslateError> {
     let least_cpus = config.min_cpus.unwrap_or(1).max(1);
     let cpus = match pod::size(container, "cpu").map(Nanos::units_up).filter(|cpus| *cpus > 0) {
         Some(cpus) => u32::try_from(cpus).unwrap_or(u32::MAX),
@@ -139,8 +151,18 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
                 },
             })
             .collect(),
-        networks: vec![Network::User { address: parts.address, ssh_port, forwards, mac: MacAddr::derive(parts.uid.as_str()) }],
-        access: Access { user: guest.user.clone(), auth, ready_marker: guest.ready_marker.clone(), port: guest.ssh_port },
+        networks: vec![Network::User {
+            address: parts.address,
+            ssh_port,
+            forwards,
+            mac: MacAddr::derive(parts.uid.as_str()),
+        }],
+        access: Access {
+            user: guest.user.clone(),
+            auth,
+            ready_marker: guest.ready_marker.clone(),
+            port: guest.ssh_port,
+        },
         // Another architecture's instructions can only be emulated.
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
     })
@@ -178,6 +200,7 @@ fn vendor_data(user: &str) -> String {
 }
 
 #[cfg(test)]
+#[expect(clippy::needless_pass_by_value, reason = "JSON is written in place")]
 mod tests {
     use serde_json::{Value, json};
     use vmpod_image::{Boot as ImageBoot, ClonedDisk, GuestConfig};
@@ -242,7 +265,10 @@ mod tests {
 
     #[test]
     fn low_ports_are_forwarded_where_they_can_be() {
-        let Network::User { forwards, ssh_port, .. } = spec(GuestConfig::default(), true).unwrap().networks.remove(0) else { panic!() };
+        let Network::User { forwards, ssh_port, .. } = spec(GuestConfig::default(), true).unwrap().networks.remove(0)
+        else {
+            panic!()
+        };
         assert_eq!(ssh_port, 2223, "the pod's own port 2222 comes first");
         assert_eq!(forwards.len(), 3);
     }
@@ -258,7 +284,9 @@ mod tests {
 
     #[test]
     fn sizes_come_from_limits_requests_image_and_node_in_this_order() {
-        let of = |resources: Value| size(&container(resources), "tiny", &config(GuestConfig::default()), MachineDefaults::default());
+        let of = |resources: Value| {
+            size(&container(resources), "tiny", &config(GuestConfig::default()), MachineDefaults::default())
+        };
         let got = of(json!({"requests": {"cpu": "2", "memory": "300Mi"}, "limits": {"memory": "512Mi", "ephemeral-storage": "8Gi"}})).unwrap();
         assert_eq!((got.cpus.get(), got.memory, got.disk), (2, Memory::from_mib(512), Some(8 << 30)));
         let got = of(json!({})).unwrap();

@@ -131,7 +131,8 @@ impl Ledger {
         admit::supported(pod)?;
         let mut book = self.book();
         let used = book.admitted.iter().filter(|(other, _)| *other != uid);
-        let (count, used) = used.fold((0u32, Requests::default()), |(count, sum), (_, asked)| (count + 1, sum.plus(*asked)));
+        let (count, used) =
+            used.fold((0u32, Requests::default()), |(count, sum), (_, asked)| (count + 1, sum.plus(*asked)));
         let room = Room { allocatable: book.allocatable, pods: book.most_pods, used, admitted: count };
         let object = book.node.clone();
         let labels = object.as_ref().and_then(|node| node.metadata.labels.clone()).unwrap_or_default();
@@ -172,14 +173,21 @@ mod tests {
     #[test]
     fn what_one_pod_has_no_other_gets() {
         let ledger = Ledger::new(Requests { millicpus: 1000, memory: 100, ephemeral: 0 }, 10);
-        let pod: Pod = serde_json::from_value(json!({"spec": {"containers": [{"name": "vm", "resources": {"requests": {"memory": "60"}}}]}})).unwrap();
+        let pod: Pod = serde_json::from_value(
+            json!({"spec": {"containers": [{"name": "vm", "resources": {"requests": {"memory": "60"}}}]}}),
+        )
+        .unwrap();
         let (a, b) = (PodUid::parse("a").unwrap(), PodUid::parse("b").unwrap());
         ledger.admit(&a, &pod, "n").unwrap();
         ledger.admit(&a, &pod, "n").unwrap();
         assert_eq!(ledger.admit(&b, &pod, "n").unwrap_err().reason, "OutOfmemory");
         let none = BTreeSet::new();
         let first = ledger.address(&a, &a.machine(0), &none).unwrap();
-        assert_eq!(ledger.address(&a, &a.machine(1), &none), Some(first), "an address belongs to the pod, not to its machine");
+        assert_eq!(
+            ledger.address(&a, &a.machine(1), &none),
+            Some(first),
+            "an address belongs to the pod, not to its machine"
+        );
         let taken = BTreeSet::from([ledger.address(&b, &b.machine(0), &none).unwrap()]);
         assert!(!taken.contains(&first));
         ledger.release(&a);

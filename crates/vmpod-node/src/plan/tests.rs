@@ -15,7 +15,10 @@ fn pod(policy: &str, command: bool) -> Pod {
     if command {
         container["args"] = json!(["run"]);
     }
-    serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": {"restartPolicy": policy, "containers": [container]}})).unwrap()
+    serde_json::from_value(
+        json!({"metadata": {"name": "p"}, "spec": {"restartPolicy": policy, "containers": [container]}}),
+    )
+    .unwrap()
 }
 
 fn deleted(mut pod: Pod, grace: i64) -> Pod {
@@ -134,8 +137,14 @@ fn a_machine_that_ended_is_judged_by_its_cause() {
     ] {
         let record = started(if command { Main::Started(at(2)) } else { Main::Unstarted });
         let observed = Observed { drained: true, ..exit_seen(cause) };
-        let Some(Step::End { ended, terminal: got }) = step(&pod(policy, command), &record, &observed) else { panic!() };
-        assert_eq!((ended.exit_code, ended.reason.as_str(), got.map(|t| t.succeeded)), (code, reason, terminal), "{policy} {cause:?}");
+        let Some(Step::End { ended, terminal: got }) = step(&pod(policy, command), &record, &observed) else {
+            panic!()
+        };
+        assert_eq!(
+            (ended.exit_code, ended.reason.as_str(), got.map(|t| t.succeeded)),
+            (code, reason, terminal),
+            "{policy} {cause:?}"
+        );
         let early = Observed { drained: false, ..observed };
         assert_eq!(step(&pod(policy, command), &record, &early), None, "its last words come first");
     }
@@ -144,7 +153,10 @@ fn a_machine_that_ended_is_judged_by_its_cause() {
 #[test]
 fn what_was_running_and_is_gone_is_unknown() {
     for machine in [MachineSeen::Absent, MachineSeen::Prepared, MachineSeen::Unfinished] {
-        let Some(Step::End { ended, .. }) = step(&pod("Always", false), &started(Main::Unstarted), &seen(machine)) else { panic!() };
+        let Some(Step::End { ended, .. }) = step(&pod("Always", false), &started(Main::Unstarted), &seen(machine))
+        else {
+            panic!()
+        };
         assert_eq!((ended.exit_code, ended.reason.as_str()), (137, "ContainerStatusUnknown"));
     }
     // One that may run and doesn't answer is removed before anything is said of its end.
@@ -156,9 +168,14 @@ fn what_was_running_and_is_gone_is_unknown() {
 #[test]
 fn restarts_follow_the_policy_and_wait_their_turn() {
     let clean = seen(MachineSeen::Absent);
-    for (policy, code, again) in
-        [("Always", 0, true), ("Always", 1, true), ("OnFailure", 0, false), ("OnFailure", 1, true), ("Never", 0, false), ("Never", 1, false)]
-    {
+    for (policy, code, again) in [
+        ("Always", 0, true),
+        ("Always", 1, true),
+        ("OnFailure", 0, false),
+        ("OnFailure", 1, true),
+        ("Never", 0, false),
+        ("Never", 1, false),
+    ] {
         let record = over_with(code);
         let early = next(&pod(policy, false), Some(&record), &clean, 15);
         let late = next(&pod(policy, false), Some(&record), &clean, 21);
@@ -166,7 +183,10 @@ fn restarts_follow_the_policy_and_wait_their_turn() {
             assert_eq!((early.steps.len(), early.wake), (0, Some(at(20))), "{policy} {code}");
             assert_eq!(late.steps, [Step::Run(Job::Resolve)]);
         } else {
-            assert!(matches!(&early.steps[..], [Step::Conclude(terminal)] if terminal.succeeded == (code == 0)), "{policy} {code}");
+            assert!(
+                matches!(&early.steps[..], [Step::Conclude(terminal)] if terminal.succeeded == (code == 0)),
+                "{policy} {code}"
+            );
         }
         // The old machine's files go before anything else.
         assert_eq!(step(&pod(policy, false), &record, &exit_seen(ExitCause::Killed)), Some(Step::Run(Job::Remove)));
@@ -187,7 +207,9 @@ fn deletion_asks_waits_and_kills() {
     assert_eq!((waits.steps.len(), waits.wake), (0, Some(at(50))));
     assert_eq!(next(&vm, Some(&record), &asked, 50).steps, [Step::Kill]);
     assert_eq!(next(&vm, Some(&record), &Observed { killing: true, ..asked }, 51).steps, []);
-    let Some(Step::End { ended, terminal: Some(terminal) }) = step(&vm, &record, &Observed { drained: true, ..exit_seen(ExitCause::GuestShutdown) }) else {
+    let Some(Step::End { ended, terminal: Some(terminal) }) =
+        step(&vm, &record, &Observed { drained: true, ..exit_seen(ExitCause::GuestShutdown) })
+    else {
         panic!()
     };
     assert_eq!((ended.exit_code, terminal.succeeded), (0, true), "even one that would always restart is over");
@@ -211,7 +233,11 @@ fn a_main_process_is_signalled() {
     let ready = Observed { guest_ready: true, ..seen(MachineSeen::Live) };
     assert_eq!(step(&job, &with(Main::Started(at(2))), &ready), Some(Step::SignalMain));
     assert_eq!(step(&job, &with(Main::Unstarted), &ready), Some(Step::Kill), "nothing has begun");
-    assert_eq!(step(&job, &with(Main::Started(at(2))), &seen(MachineSeen::Live)), None, "a guest that doesn't answer gets its grace");
+    assert_eq!(
+        step(&job, &with(Main::Started(at(2))), &seen(MachineSeen::Live)),
+        None,
+        "a guest that doesn't answer gets its grace"
+    );
     assert_eq!(step(&job, &with(Main::Asked), &ready), None);
 }
 
@@ -223,7 +249,10 @@ fn the_object_is_deleted_only_after_the_verdict_is_shown() {
     let vm = deleted(pod("Never", false), 30);
     assert_eq!(step(&vm, &record, &clean), None, "the status hasn't arrived yet");
     assert_eq!(step(&shown(vm.clone(), "Running"), &record, &clean), None);
-    assert_eq!(step(&shown(vm.clone(), "Succeeded"), &record, &exit_seen(ExitCause::Killed)), Some(Step::Run(Job::Remove)));
+    assert_eq!(
+        step(&shown(vm.clone(), "Succeeded"), &record, &exit_seen(ExitCause::Killed)),
+        Some(Step::Run(Job::Remove))
+    );
     assert_eq!(step(&shown(vm.clone(), "Succeeded"), &record, &clean), Some(Step::Run(Job::Delete)));
     assert_eq!(step(&shown(vm, "Succeeded"), &record, &Observed { deleted: true, ..clean.clone() }), None);
     assert_eq!(step(&shown(pod("Never", false), "Succeeded"), &record, &clean), None, "nobody deleted it");
@@ -231,17 +260,26 @@ fn the_object_is_deleted_only_after_the_verdict_is_shown() {
 
 #[test]
 fn a_pod_that_vanished_leaves_nothing() {
-    let gone = |seen: &Observed| plan(Desired { pod: None, agent_stops: None }, Some(&started(Main::Unstarted)), seen, at(0)).steps;
+    let gone = |seen: &Observed| {
+        plan(Desired { pod: None, agent_stops: None }, Some(&started(Main::Unstarted)), seen, at(0)).steps
+    };
     assert_eq!(gone(&seen(MachineSeen::Live)), [Step::Run(Job::Remove)]);
-    assert_eq!(gone(&Observed { job: Some(Job::Prepare), ..seen(MachineSeen::Absent) }), [], "what is being made is waited for");
+    assert_eq!(
+        gone(&Observed { job: Some(Job::Prepare), ..seen(MachineSeen::Absent) }),
+        [],
+        "what is being made is waited for"
+    );
     assert_eq!(gone(&seen(MachineSeen::Absent)), [Step::Forget]);
 }
 
 #[test]
 fn a_stop_by_the_agent_is_no_verdict_on_pods_that_restart() {
     for (policy, terminal) in [("Always", None), ("OnFailure", None), ("Never", Some(false))] {
-        let record = Record { stop: Some(Stop { why: StopReason::Agent, deadline: at(30) }), ..started(Main::Unstarted) };
-        let Some(Step::End { terminal: got, .. }) = step(&pod(policy, false), &record, &Observed { drained: true, ..exit_seen(ExitCause::Killed) }) else {
+        let record =
+            Record { stop: Some(Stop { why: StopReason::Agent, deadline: at(30) }), ..started(Main::Unstarted) };
+        let Some(Step::End { terminal: got, .. }) =
+            step(&pod(policy, false), &record, &Observed { drained: true, ..exit_seen(ExitCause::Killed) })
+        else {
             panic!()
         };
         assert_eq!(got.map(|t| t.succeeded), terminal, "{policy}");
@@ -264,7 +302,8 @@ fn a_deadline_ends_the_pod() {
 
 #[test]
 fn failures_are_tried_again_at_their_time() {
-    let trouble = Trouble { reason: "ErrImagePull".to_owned(), message: String::new(), retry: at(25) };
+    let trouble =
+        Trouble { job: Job::Resolve, reason: "ErrImagePull".to_owned(), message: String::new(), retry: at(25) };
     let observed = Observed { trouble: Some(trouble), ..Observed::default() };
     let waits = next(&pod("Always", false), Some(&accepted()), &observed, 20);
     assert_eq!((waits.steps.len(), waits.wake), (0, Some(at(25))));
@@ -360,8 +399,9 @@ impl Sim {
             Chance::Step | Chance::Time(_) => return self.step(now),
             Chance::JobWorks => self.job_works(now),
             Chance::JobFails => {
-                if self.observed.job.take().is_some() {
-                    self.observed.trouble = Some(Trouble { reason: "X".to_owned(), message: String::new(), retry: at(now + 5) });
+                if let Some(job) = self.observed.job.take() {
+                    self.observed.trouble =
+                        Some(Trouble { job, reason: "X".to_owned(), message: String::new(), retry: at(now + 5) });
                 }
             }
             Chance::GuestReady => self.observed.guest_ready = self.is_live(),
@@ -376,7 +416,11 @@ impl Sim {
             Chance::Crash => self.machine_ends(ExitCause::Killed, now),
             Chance::Drained => self.observed.drained = true,
             Chance::ApiShows => {
-                let phase = self.record.as_ref().and_then(|record| record.terminal.as_ref()).map(|t| if t.succeeded { "Succeeded" } else { "Failed" });
+                let phase = self
+                    .record
+                    .as_ref()
+                    .and_then(|record| record.terminal.as_ref())
+                    .map(|t| if t.succeeded { "Succeeded" } else { "Failed" });
                 if let (Some(pod), Some(phase)) = (self.pod.take(), phase) {
                     self.pod = Some(shown(pod, phase));
                 }
@@ -394,7 +438,9 @@ impl Sim {
                 self.agent_stops = false;
                 match &mut self.record {
                     Some(record) if record.attempt.is_none() && record.terminal.is_none() => self.record = None,
-                    Some(record) if record.stop.as_ref().is_some_and(|stop| stop.why == StopReason::Agent) => record.stop = None,
+                    Some(record) if record.stop.as_ref().is_some_and(|stop| stop.why == StopReason::Agent) => {
+                        record.stop = None
+                    }
                     _ => {}
                 }
             }
@@ -444,7 +490,8 @@ impl Sim {
             return Ok(());
         }
         let stops = self.agent_stops.then(|| SignedDuration::from_secs(10));
-        let plan = plan(Desired { pod: self.pod.as_ref(), agent_stops: stops }, self.record.as_ref(), &self.observed, at(now));
+        let plan =
+            plan(Desired { pod: self.pod.as_ref(), agent_stops: stops }, self.record.as_ref(), &self.observed, at(now));
         for step in plan.steps {
             match step {
                 Step::Accept => {
@@ -455,7 +502,10 @@ impl Sim {
                     prop_assert!(self.observed.job.is_none(), "two jobs at once");
                     if job == Job::Delete {
                         let pod = self.pod.as_ref().unwrap();
-                        prop_assert!(pod::is_terminal_phase(pod::api_phase(pod)), "deleted before its verdict was shown");
+                        prop_assert!(
+                            pod::is_terminal_phase(pod::api_phase(pod)),
+                            "deleted before its verdict was shown"
+                        );
                         prop_assert_eq!(&self.observed.machine, &MachineSeen::Absent);
                     }
                     self.observed.job = Some(job);

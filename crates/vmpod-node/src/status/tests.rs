@@ -86,7 +86,12 @@ fn phases_states_and_conditions() {
     let console = pod("Always", false);
     let main = pod("Always", true);
     let trouble = |reason: &str| Observed {
-        trouble: Some(Trouble { reason: reason.to_owned(), message: "why".to_owned(), retry: at(30) }),
+        trouble: Some(Trouble {
+            job: crate::plan::Job::Resolve,
+            reason: reason.to_owned(),
+            message: "why".to_owned(),
+            retry: at(30),
+        }),
         ..Observed::default()
     };
     let with = |attempt: Attempt| Record { attempt: Some(attempt), ..record() };
@@ -94,7 +99,10 @@ fn phases_states_and_conditions() {
         terminal: Some(Terminal { succeeded, reason: None, message: None, shown_before: false }),
         ..with(attempt)
     };
-    let finished = |number: u32, code: i32, reason: &str| Attempt { ended: Some(ended(code, reason)), ..attempt(number, Some(1), Main::Unstarted) };
+    let finished = |number: u32, code: i32, reason: &str| Attempt {
+        ended: Some(ended(code, reason)),
+        ..attempt(number, Some(1), Main::Unstarted)
+    };
     let cases = [
         ("accepted", brief(&of(&console, &record(), &Observed::default()))),
         ("no image", brief(&of(&console, &record(), &trouble("ImagePullBackOff")))),
@@ -105,31 +113,48 @@ fn phases_states_and_conditions() {
         ("main runs", brief(&of(&main, &with(attempt(0, Some(1), Main::Started(at(2)))), &live(true)))),
         (
             "main ended, machine not yet",
-            brief(&of(&main, &with(attempt(0, Some(1), Main::Ended { code: Some(0), started: Some(at(2)), at: at(3), why: None })), &live(true))),
+            brief(&of(
+                &main,
+                &with(attempt(0, Some(1), Main::Ended { code: Some(0), started: Some(at(2)), at: at(3), why: None })),
+                &live(true),
+            )),
         ),
         ("backing off", brief(&of(&console, &with(finished(0, 1, "Error")), &Observed::default()))),
         ("succeeded", brief(&of(&pod("Never", false), &over(finished(0, 0, "Completed"), true), &Observed::default()))),
         ("failed", brief(&of(&pod("Never", false), &over(finished(0, 3, "Error"), false), &Observed::default()))),
         (
             "deleted before anything ran",
-            brief(&of(&console, &Record { stop: Some(Stop { why: StopReason::Deleted, deadline: at(9) }),
-                terminal: Some(Terminal { succeeded: false, reason: None, message: None, shown_before: false }), ..record() }, &Observed::default())),
+            brief(&of(
+                &console,
+                &Record {
+                    stop: Some(Stop { why: StopReason::Deleted, deadline: at(9) }),
+                    terminal: Some(Terminal { succeeded: false, reason: None, message: None, shown_before: false }),
+                    ..record()
+                },
+                &Observed::default(),
+            )),
         ),
     ];
-    let text: String = cases.iter().map(|(name, brief)| format!("{name}: {brief}\n")).collect();
-    insta::assert_snapshot!(text);
+    let lines: Vec<_> = cases.iter().map(|(name, brief)| format!("{name}: {brief}")).collect();
+    insta::assert_snapshot!(lines.join("\n"));
 }
 
 #[test]
 fn a_running_pod_in_full() {
-    let record = Record { attempt: Some(attempt(2, Some(5), Main::Unstarted)), previous: Some(ended(137, "Error")), ..record() };
+    let record =
+        Record { attempt: Some(attempt(2, Some(5), Main::Unstarted)), previous: Some(ended(137, "Error")), ..record() };
     insta::assert_json_snapshot!(of(&pod("Always", false), &record, &live(true)));
 }
 
 #[test]
 fn a_refused_pod_never_had_containers() {
     let record = Record {
-        terminal: Some(Terminal { succeeded: false, reason: Some("OutOfmemory".to_owned()), message: Some("m".to_owned()), shown_before: false }),
+        terminal: Some(Terminal {
+            succeeded: false,
+            reason: Some("OutOfmemory".to_owned()),
+            message: Some("m".to_owned()),
+            shown_before: false,
+        }),
         address: None,
         ..record()
     };
@@ -144,7 +169,11 @@ fn times_of_transition_stay_while_nothing_changes() {
     let record = Record { attempt: Some(attempt(0, Some(1), Main::Unstarted)), ..record() };
     let first = of(&pod, &record, &live(true));
     let scheduled = first.conditions.as_ref().unwrap().iter().find(|c| c.type_ == "PodScheduled").unwrap();
-    assert_eq!(scheduled.last_transition_time.as_ref().unwrap().0.to_string(), "2001-01-01T00:00:00Z", "the scheduler's time");
+    assert_eq!(
+        scheduled.last_transition_time.as_ref().unwrap().0.to_string(),
+        "2001-01-01T00:00:00Z",
+        "the scheduler's time"
+    );
     let later = status(&pod, &record, &live(true), IpAddr::from([10, 0, 0, 1]), at(99), Some(&first));
     assert_eq!(later, first);
     let lost = status(&pod, &record, &live(false), IpAddr::from([10, 0, 0, 1]), at(99), Some(&first));
@@ -160,7 +189,8 @@ fn a_patch_says_only_what_is_ours_and_new() {
     let first = patch(&pod, &wanted).unwrap();
     assert_eq!(first["metadata"]["uid"], "u");
     assert!(first["status"].get("qosClass").is_none());
-    let kinds: Vec<_> = first["status"]["conditions"].as_array().unwrap().iter().map(|c| c["type"].as_str().unwrap()).collect();
+    let kinds: Vec<_> =
+        first["status"]["conditions"].as_array().unwrap().iter().map(|c| c["type"].as_str().unwrap()).collect();
     assert!(!kinds.contains(&"Custom"), "others' conditions are left alone: {kinds:?}");
     // Shown as wanted, nothing is sent.
     let custom = pod.status.as_ref().unwrap().conditions.as_ref().unwrap()[1].clone();

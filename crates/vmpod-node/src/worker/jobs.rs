@@ -6,9 +6,11 @@ use kube::{
     Api,
     api::{DeleteParams, Preconditions},
 };
-use vmpod_machine::{Arch, GuestError, MainCommand, MachineError};
+use vmpod_machine::{Arch, GuestError, MachineError, MainCommand};
 
-use super::{Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod};
+use super::{
+    Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod,
+};
 use crate::{env::Facts, translate};
 
 impl Failure {
@@ -33,7 +35,7 @@ impl Worker {
                     }
                 }))
             }
-            Job::StartMain => self.start_main(machine?),
+            Job::StartMain => Some(self.start_main(machine?)),
             Job::Remove => self.remove(),
             Job::Delete => self.delete(),
         }
@@ -45,7 +47,8 @@ impl Worker {
         let foreign = world.machines.addresses();
         let address = world.ledger.address(&self.uid, &self.uid.machine(number), &foreign);
         Some(Box::pin(async move {
-            let container = pod::machine_container(&pod).ok_or_else(|| Failure::new("InvalidPod", "the pod has no container"))?;
+            let container =
+                pod::machine_container(&pod).ok_or_else(|| Failure::new("InvalidPod", "the pod has no container"))?;
             let Some(address) = address else {
                 return Err(Failure::new("FailedCreatePodSandBox", "no loopback address is free"));
             };
@@ -79,7 +82,8 @@ impl Worker {
         let user_data = self.run.as_ref().and_then(|run| run.user_data.clone());
         Some(Box::pin(async move {
             let failed = |message: String| Failure::new("CreateContainerError", message);
-            let container = pod::machine_container(&pod).ok_or_else(|| failed("the pod has no container".to_owned()))?.clone();
+            let container =
+                pod::machine_container(&pod).ok_or_else(|| failed("the pod has no container".to_owned()))?.clone();
             let digest = attempt.image.digest.parse().map_err(|error| failed(error_chain(&error)))?;
             let (store, machines, name) = (world.store.clone(), world.machines.clone(), attempt.image.name.clone());
             let (holder, defaults) = (id.clone(), world.defaults);
@@ -91,10 +95,12 @@ impl Worker {
             let clone = tokio::task::spawn_blocking(move || {
                 let image = store.image(digest).map_err(|error| error_chain(&error))?;
                 let image = image.ok_or_else(|| format!("image {name} ({digest}) is no longer in the store"))?;
-                let size = translate::size(&container, &name, &image.config, defaults).map_err(|error| error.to_string())?;
+                let size =
+                    translate::size(&container, &name, &image.config, defaults).map_err(|error| error.to_string())?;
                 let dir = machines.directory(&holder).map_err(|error| error_chain(&error))?;
-                let clone =
-                    store.clone_image(&image, dir.path(), size.disk, holder.as_str()).map_err(|error| error_chain(&error))?;
+                let clone = store
+                    .clone_image(&image, dir.path(), size.disk, holder.as_str())
+                    .map_err(|error| error_chain(&error))?;
                 Ok::<_, String>((container, size, clone))
             });
             let (key, clone) = futures::try_join!(key, clone).map_err(|error| failed(error.to_string()))?;
@@ -121,14 +127,14 @@ impl Worker {
         }))
     }
 
-    fn start_main(&self, machine: &Machine) -> Option<Work> {
+    fn start_main(&self, machine: &Machine) -> Work {
         let Some(run) = self.run.clone() else {
-            return Some(Box::pin(async {
+            return Box::pin(async {
                 Ok(Outcome::MainRefused("what the container runs is no longer known on this node".to_owned()))
-            }));
+            });
         };
         let process = machine.guest().main_process(MAIN);
-        Some(Box::pin(async move {
+        Box::pin(async move {
             let command =
                 MainCommand { command: run.command.clone(), env: run.env.clone(), workdir: run.workdir.clone() };
             match process.start(&command).await {
@@ -138,7 +144,7 @@ impl Worker {
                 }
                 Err(error) => Err(Failure::new("RunContainerError", error_chain(&error))),
             }
-        }))
+        })
     }
 
     /// Removes the machine of the current attempt, whatever its condition.

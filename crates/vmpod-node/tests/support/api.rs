@@ -17,7 +17,7 @@ use serde_json::{Map, Value, json};
 use tokio::sync::watch;
 
 #[derive(Clone)]
-pub struct Api {
+pub(crate) struct Api {
     inner: Arc<Mutex<Inner>>,
     changed: watch::Sender<u64>,
 }
@@ -31,24 +31,22 @@ struct Inner {
     log: Vec<(u64, &'static str, Value)>,
     /// Broken promises.
     violations: Vec<String>,
-    /// Every request, as `METHOD path`.
-    requests: Vec<String>,
     /// Requests that fail from now on.
     down: bool,
 }
 
 impl Api {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self { inner: Arc::default(), changed: watch::Sender::new(0) }
     }
 
-    pub fn client(&self) -> kube::Client {
+    pub(crate) fn client(&self) -> kube::Client {
         let router = Router::new().fallback(answer).with_state(self.clone());
         kube::Client::new(router, "default")
     }
 
     /// Creates a pod bound to node `n`.
-    pub fn create_pod(&self, name: &str, uid: &str, spec: Value) {
+    pub(crate) fn create_pod(&self, name: &str, uid: &str, spec: Value) {
         let mut spec = spec;
         spec["nodeName"] = json!("n");
         if spec.get("terminationGracePeriodSeconds").is_none() {
@@ -61,12 +59,8 @@ impl Api {
         self.put(&pod_path(name), "ADDED", pod);
     }
 
-    pub fn put_object(&self, path: &str, object: Value) {
-        self.put(path, "ADDED", object);
-    }
-
     /// Marks a pod as being deleted, as the API does with a grace period.
-    pub fn delete_pod(&self, name: &str, grace: i64) {
+    pub(crate) fn delete_pod(&self, name: &str, grace: i64) {
         let mut pod = self.pod(name).expect("the pod to delete is there");
         pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
         pod["metadata"]["deletionGracePeriodSeconds"] = json!(grace);
@@ -74,58 +68,65 @@ impl Api {
     }
 
     /// Removes a pod's object at once, as `kubectl delete --force` does.
-    pub fn vanish(&self, name: &str) {
+    pub(crate) fn vanish(&self, name: &str) {
         self.remove(&pod_path(name));
     }
 
-    pub fn pod(&self, name: &str) -> Option<Value> {
+    pub(crate) fn pod(&self, name: &str) -> Option<Value> {
         self.lock().objects.get(&pod_path(name)).cloned()
     }
 
-    pub fn phase(&self, name: &str) -> Option<String> {
+    pub(crate) fn phase(&self, name: &str) -> Option<String> {
         Some(self.pod(name)?["status"]["phase"].as_str()?.to_owned())
     }
 
-    pub fn object(&self, path: &str) -> Option<Value> {
+    pub(crate) fn object(&self, path: &str) -> Option<Value> {
         self.lock().objects.get(path).cloned()
     }
 
-    pub fn violations(&self) -> Vec<String> {
+    pub(crate) fn violations(&self) -> Vec<String> {
         self.lock().violations.clone()
     }
 
-    pub fn requests(&self) -> Vec<String> {
-        self.lock().requests.clone()
-    }
-
-    pub fn set_down(&self, down: bool) {
+    pub(crate) fn set_down(&self, down: bool) {
         self.lock().down = down;
         self.bump();
     }
 
     /// Reasons of the events about a pod, in order of their first time.
-    pub fn reasons(&self, pod: &str) -> Vec<String> {
+    pub(crate) fn reasons(&self, pod: &str) -> Vec<String> {
         let inner = self.lock();
         let mut events: Vec<_> = inner
             .objects
             .values()
             .filter(|object| object["involvedObject"]["name"] == pod)
-            .map(|event| (event["metadata"]["resourceVersion"].as_str().unwrap().parse::<u64>().unwrap(), event["reason"].as_str().unwrap().to_owned()))
+            .map(|event| {
+                (
+                    event["metadata"]["resourceVersion"].as_str().unwrap().parse::<u64>().unwrap(),
+                    event["reason"].as_str().unwrap().to_owned(),
+                )
+            })
             .collect();
         events.sort();
         events.into_iter().map(|(_, reason)| reason).collect()
     }
 
     /// Waits until something is true of the API.
-    pub async fn until(&self, what: &str, wanted: impl Fn(&Self) -> bool) {
+    pub(crate) async fn until(&self, what: &str, wanted: impl Fn(&Self) -> bool) {
         let mut changed = self.changed.subscribe();
-        let waited = tokio::time::timeout(std::time::Duration::from_secs(40), async {
+        let seen = tokio::time::timeout(std::time::Duration::from_secs(40), async {
             while !wanted(self) {
                 changed.changed().await.unwrap();
             }
         });
-        if waited.await.is_err() {
-            let pods: Vec<_> = self.lock().objects.iter().filter(|(path, _)| path.contains("/pods/")).map(|(_, pod)| pod.clone()).collect();
+        if seen.await.is_err() {
+            let pods: Vec<_> = self
+                .lock()
+                .objects
+                .iter()
+                .filter(|(path, _)| path.contains("/pods/"))
+                .map(|(_, pod)| pod.clone())
+                .collect();
             panic!("never came true: {what}; the pods are {pods:#?}");
         }
     }
@@ -144,7 +145,12 @@ impl Api {
             inner.version += 1;
             object["metadata"]["resourceVersion"] = json!(inner.version.to_string());
             if path.contains("/pods/") {
-                let before = inner.objects.get(path).and_then(|pod| pod["status"]["phase"].as_str()).unwrap_or_default().to_owned();
+                let before = inner
+                    .objects
+                    .get(path)
+                    .and_then(|pod| pod["status"]["phase"].as_str())
+                    .unwrap_or_default()
+                    .to_owned();
                 let after = object["status"]["phase"].as_str().unwrap_or_default();
                 if ["Succeeded", "Failed"].contains(&before.as_str()) && before != after {
                     let violation = format!("{path}: phase {before} became {after}");
@@ -202,7 +208,7 @@ impl Api {
     }
 }
 
-pub fn pod_path(name: &str) -> String {
+pub(crate) fn pod_path(name: &str) -> String {
     format!("/api/v1/namespaces/default/pods/{name}")
 }
 
@@ -222,9 +228,7 @@ async fn answer(State(api): State<Api>, request: Request) -> Response {
     let path = parts.uri.path().to_owned();
     let query = parts.uri.query().unwrap_or_default().to_owned();
     {
-        let mut inner = api.lock();
-        inner.requests.push(format!("{} {path}", parts.method));
-        if inner.down {
+        if api.lock().down {
             return failure(StatusCode::SERVICE_UNAVAILABLE, "ServiceUnavailable");
         }
     }
@@ -232,13 +236,20 @@ async fn answer(State(api): State<Api>, request: Request) -> Response {
     match parts.method {
         Method::GET if path == "/api/v1/pods" => {
             assert!(query.contains("fieldSelector=spec.nodeName%3Dn"), "a node may only ask for its own pods: {query}");
-            let from = query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")).and_then(|v| v.parse().ok()).unwrap_or(0);
+            let from = query
+                .split('&')
+                .find_map(|pair| pair.strip_prefix("resourceVersion="))
+                .and_then(|v| v.parse().ok())
+                .unwrap_or(0);
             if query.contains("watch=true") {
                 return api.watch(from);
             }
             let inner = api.lock();
-            let items: Vec<_> = inner.objects.iter().filter(|(path, _)| path.contains("/pods/")).map(|(_, pod)| pod.clone()).collect();
-            ok(&json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": inner.version.to_string()}, "items": items}))
+            let items: Vec<_> =
+                inner.objects.iter().filter(|(path, _)| path.contains("/pods/")).map(|(_, pod)| pod.clone()).collect();
+            ok(
+                &json!({"kind": "PodList", "apiVersion": "v1", "metadata": {"resourceVersion": inner.version.to_string()}, "items": items}),
+            )
         }
         Method::GET => match api.object(&path) {
             Some(object) => ok(&object),
@@ -291,8 +302,7 @@ fn merge(into: &mut Value, patch: &Value) {
             (_, Value::Null) => {
                 into.remove(key);
             }
-            ("conditions", Value::Array(items)) => merge_list(into, key, "type", items),
-            ("addresses", Value::Array(items)) => merge_list(into, key, "type", items),
+            ("conditions" | "addresses", Value::Array(items)) => merge_list(into, key, "type", items),
             ("podIPs" | "hostIPs", Value::Array(items)) => merge_list(into, key, "ip", items),
             (_, Value::Object(_)) => merge(into.entry(key.clone()).or_insert_with(|| json!({})), value),
             _ => {

@@ -15,7 +15,7 @@ use vmpod_node::{Capacity, MachineDefaults, Node, NodeError, Options, Registries
 
 use crate::api::Api;
 
-pub const UIDS: [&str; 6] = [
+pub(crate) const UIDS: [&str; 6] = [
     "5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f80",
     "5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f81",
     "5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f82",
@@ -24,39 +24,42 @@ pub const UIDS: [&str; 6] = [
     "5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f85",
 ];
 
-pub struct Host {
+pub(crate) struct Host {
     dir: tempfile::TempDir,
-    pub api: Api,
-    pub world: World,
+    pub(crate) api: Api,
+    pub(crate) world: World,
 }
 
 /// How an agent is started.
 #[derive(Clone, Default)]
-pub struct Wish {
-    pub keep_vms: bool,
-    pub faults: FaultPoints,
+pub(crate) struct Wish {
+    pub(crate) keep_vms: bool,
+    pub(crate) faults: FaultPoints,
 }
 
-pub struct Running {
+pub(crate) struct Running {
     stop: CancellationToken,
     task: JoinHandle<Result<(), NodeError>>,
     ready: tokio::sync::watch::Receiver<bool>,
-    pub runtime: Arc<dyn Runtime>,
+    pub(crate) runtime: Arc<dyn Runtime>,
 }
 
 impl Running {
-    pub async fn until_ready(&self) {
-        tokio::time::timeout(Duration::from_secs(20), self.ready.clone().wait_for(|ready| *ready)).await.unwrap().unwrap();
+    pub(crate) async fn until_ready(&self) {
+        tokio::time::timeout(Duration::from_secs(20), self.ready.clone().wait_for(|ready| *ready))
+            .await
+            .unwrap()
+            .unwrap();
     }
 
     /// Ends in order.
-    pub async fn stop(self) {
+    pub(crate) async fn stop(self) {
         self.stop.cancel();
         self.task.await.unwrap().unwrap();
     }
 
     /// Dies as from kill -9: nothing more of it runs.
-    pub async fn die(self) {
+    pub(crate) async fn die(self) {
         drop(self.runtime);
         self.task.abort();
         assert!(self.task.await.unwrap_err().is_cancelled());
@@ -64,7 +67,7 @@ impl Running {
 }
 
 impl Host {
-    pub async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(&dir.path().join("images")).unwrap();
         let kernel = dir.path().join("kernel");
@@ -80,20 +83,21 @@ impl Host {
         Self { dir, api: Api::new(), world: World::new() }
     }
 
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         self.dir.path()
     }
 
-    pub async fn start(&self, wish: Wish) -> Running {
+    pub(crate) async fn start(&self, wish: Wish) -> Running {
         let running = self.spawn(wish).await;
         running.until_ready().await;
         running
     }
 
     /// Starts an agent without waiting for it.
-    pub async fn spawn(&self, wish: Wish) -> Running {
+    pub(crate) async fn spawn(&self, wish: Wish) -> Running {
         let machines =
-            Machines::open_with_faults(self.dir.path().join("machines"), self.world.hypervisor(), wish.faults.clone()).unwrap();
+            Machines::open_with_faults(self.dir.path().join("machines"), self.world.hypervisor(), wish.faults.clone())
+                .unwrap();
         let options = Options {
             name: "n".to_owned(),
             dir: self.dir.path().join("node"),
@@ -121,12 +125,12 @@ impl Host {
         entries(&self.dir.path().join("machines"))
     }
 
-    pub async fn until_no_machines(&self) {
+    pub(crate) async fn until_no_machines(&self) {
         self.until("no machine's files are left", || self.machines().is_empty()).await;
     }
 
     /// Waits until nothing of any pod is left.
-    pub async fn until_clean(&self) {
+    pub(crate) async fn until_clean(&self) {
         let pods = self.dir.path().join("node/pods");
         self.until("nothing of a pod is left", || self.machines().is_empty() && entries(&pods).is_empty()).await;
     }
@@ -138,22 +142,26 @@ impl Host {
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        panic!("never came true: {what}; machines {:?}, pods {:?}", self.machines(), entries(&self.dir.path().join("node/pods")));
+        panic!(
+            "never came true: {what}; machines {:?}, pods {:?}",
+            self.machines(),
+            entries(&self.dir.path().join("node/pods"))
+        );
     }
 
     /// How many images a pod's machines hold.
-    pub fn holders(&self, uid: &str) -> usize {
+    pub(crate) fn holders(&self, uid: &str) -> usize {
         let store = Store::open(&self.dir.path().join("images")).unwrap();
         store.holders().unwrap().into_iter().filter(|holder| holder.name.starts_with(uid)).count()
     }
 
-    pub fn log_text(&self, uid: &str, attempt: u32) -> Vec<String> {
+    pub(crate) fn log_text(&self, uid: &str, attempt: u32) -> Vec<String> {
         log_text(self.root(), uid, attempt)
     }
 }
 
 /// The lines of a container's log.
-pub fn log_text(root: &Path, uid: &str, attempt: u32) -> Vec<String> {
+pub(crate) fn log_text(root: &Path, uid: &str, attempt: u32) -> Vec<String> {
     let path = root.join(format!("node/pods/{uid}/vm/{attempt}.log"));
     let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     text.lines().map(|line| line.splitn(4, ' ').nth(3).unwrap_or_default().to_owned()).collect()

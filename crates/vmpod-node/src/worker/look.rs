@@ -1,0 +1,154 @@
+//! How the worker looks at its pod, and what it shows of it.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use vmpod_machine::{GuestState, Machine, State};
+
+use super::{CALLED_BACKOFF, Input, MAIN, Worker, is_final};
+use crate::{
+    collect::{Collector, Source},
+    error_chain,
+    events::Kind,
+    plan::{MachineSeen, Observed, Resolved},
+    pod,
+    record::Main,
+    status,
+    world::{View, Wanted},
+};
+
+impl Worker {
+    /// Makes sure that whatever the attempt gives is being taken: its output, its main process's end.
+    pub(super) fn attend(&mut self, machine: Option<&Machine>) {
+        let (Some(machine), Some(record), Some(pod)) = (machine, &self.record, &self.pod) else { return };
+        let Some(attempt) = record.attempt.as_ref().filter(|attempt| attempt.ended.is_none()) else { return };
+        let state = machine.state().borrow().clone();
+        if matches!(state, State::Preparing) {
+            return;
+        }
+        let has_main = self.has_main();
+        let main_known = matches!(attempt.main, Main::Started(_) | Main::Ended { .. });
+        if self.local.collector.is_none() && !self.local.no_output {
+            let source = match (has_main, main_known) {
+                (true, true) => Some(Source::Main(machine.guest().main_process(MAIN))),
+                (true, false) => None,
+                (false, _) => Some(Source::Console(machine.console_path())),
+            };
+            let container = pod::machine_container(pod).map_or("", |container| &container.name);
+            let log = self.world.records.log(&self.uid, container, attempt.number);
+            match source.map(|source| Collector::start(&log, source)) {
+                Some(Ok(collector)) => self.local.collector = Some(collector),
+                Some(Err(error)) => {
+                    tracing::warn!(pod = %self.uid, error = error_chain(&error), "the container's log can't be written");
+                    self.local.no_output = true;
+                }
+                // A machine that is gone before its main process was started has said nothing.
+                None if state.is_final() => self.local.no_output = true,
+                None => {}
+            }
+        }
+        if let Some(collector) = &self.local.collector
+            && state.is_final()
+        {
+            collector.finish();
+        }
+        if matches!(attempt.main, Main::Started(_)) && !self.local.waiting_for_main && !state.is_final() {
+            self.local.waiting_for_main = true;
+            let (process, send) = (machine.guest().main_process(MAIN), self.send.clone());
+            self.tasks.spawn(async move {
+                let ended = process.wait().await;
+                if matches!(&ended, Err(error) if !is_final(error)) {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                // Nobody listens any more: the worker is over.
+                send.send(Input::MainEnded(ended)).ok();
+            });
+        }
+    }
+
+    /// A pull that failed a moment ago is a pull that waits.
+    pub(super) fn call_backoff(&mut self, now: Timestamp) {
+        let Some((trouble, since)) = &mut self.trouble else { return };
+        if trouble.reason == "ErrImagePull" && now >= *since + CALLED_BACKOFF {
+            let image =
+                self.pod.as_deref().and_then(pod::machine_container).and_then(|c| c.image.clone()).unwrap_or_default();
+            "ImagePullBackOff".clone_into(&mut trouble.reason);
+            trouble.message = format!("Back-off pulling image {image:?}: ErrImagePull: {}", trouble.message);
+            if let Some(pod) = &self.pod {
+                self.world.events.container(pod, Kind::Normal, "BackOff", format!("Back-off pulling image {image:?}"));
+                self.world.events.container(pod, Kind::Warning, "Failed", "Error: ImagePullBackOff");
+            }
+        }
+    }
+
+    pub(super) fn observe(&self, machine: Option<&Machine>) -> Observed {
+        let (mut guest_ready, mut guest) = (false, None);
+        let seen = match machine {
+            None => self.residue.clone(),
+            Some(machine) => {
+                match &*machine.guest().ready().borrow() {
+                    GuestState::Ready => guest_ready = true,
+                    other => guest = Some(other.to_string()),
+                }
+                match &*machine.state().borrow() {
+                    State::Preparing => MachineSeen::Prepared,
+                    State::Booting => MachineSeen::Booting,
+                    State::Running | State::Stopping { .. } | State::Paused | State::Suspended => MachineSeen::Live,
+                    State::Stopped(exit) => MachineSeen::Stopped(exit.clone()),
+                    State::Failed(why) => MachineSeen::Failed(why.clone()),
+                }
+            }
+        };
+        let drained = self.local.no_output
+            || self.local.collector.as_ref().is_some_and(|collector| *collector.drained().borrow());
+        Observed {
+            machine: seen,
+            guest_ready,
+            guest,
+            resolved: if self.resolved.is_some() { Resolved::Yes } else { Resolved::No },
+            trouble: self.trouble.as_ref().map(|(trouble, _)| trouble.clone()),
+            drained,
+            stopping: self.local.stopping,
+            killing: self.local.killing,
+            job: self.job,
+            deleted: self.deleted,
+        }
+    }
+
+    /// Tells the API and the kubelet API how things are.
+    pub(super) fn show(&mut self, wanted: &Wanted, machine: Option<&Machine>, seen: &Observed, now: Timestamp) {
+        let Some(pod) = &wanted.pod else { return };
+        let mut shown = Arc::clone(pod);
+        if let Some(record) = &self.record {
+            let foreign = record.terminal.as_ref().is_some_and(|terminal| terminal.shown_before);
+            if !foreign {
+                let status = status::status(pod, record, seen, self.world.address, now, self.published.as_ref());
+                let changed = self.published.as_ref() != Some(&status);
+                let newer = self.statuses.borrow().as_ref().is_none_or(|(base, _)| !Arc::ptr_eq(base, pod));
+                if changed || newer {
+                    self.statuses.send_replace(Some((Arc::clone(pod), status.clone())));
+                }
+                let mut with_status = Pod::clone(pod);
+                with_status.status = Some(PodStatus {
+                    qos_class: pod.status.as_ref().and_then(|status| status.qos_class.clone()),
+                    ..status.clone()
+                });
+                shown = Arc::new(with_status);
+                self.published = Some(status);
+            }
+        }
+        let attempt = self.record.as_ref().and_then(|record| record.attempt.as_ref());
+        let quiet = attempt.is_none_or(|attempt| attempt.ended.is_some())
+            && !matches!(seen.machine, MachineSeen::Booting | MachineSeen::Live | MachineSeen::Broken(_))
+            && seen.job.is_none();
+        self.view.send_replace(View {
+            pod: Some(shown),
+            record: self.record.clone().map(Arc::new),
+            machine: machine.cloned(),
+            run: self.run.clone(),
+            log: self.local.collector.as_ref().filter(|collector| !*collector.drained().borrow()).map(Collector::live),
+            quiet,
+        });
+    }
+}
