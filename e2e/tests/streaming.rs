@@ -20,7 +20,7 @@ const BANNER: &str = "SSH-2.0-";
 
 /// More than any buffer or window on the way.
 fn input() -> Vec<u8> {
-    (0..2_000_000_u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_be_bytes().last().copied()).collect()
+    (0..2_000_000_u32).filter_map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_be_bytes().last().copied()).collect()
 }
 
 /// `kubectl` over WebSocket (its default) and over SPDY (as it falls back to).
@@ -85,7 +85,7 @@ impl Kubelet {
         command.env("NODE_PATH", spdy_transport().await?.join("node_modules")).env("FORWARD_PORT", "22");
         command.arg(repository().join("e2e/tests/streaming/spdy.js"));
         command.args([&self.host, &self.port.to_string()]).arg(&self.identity).args(["POST", path]).args(streams);
-        let text = run(command, Some(stdin), Duration::from_secs(120)).await?.ok()?;
+        let text = run(command, Some(stdin), Duration::from_mins(2)).await?.ok()?;
         Ok(serde_json::from_str(&text)?)
     }
 }
@@ -123,7 +123,7 @@ async fn spdy_transport() -> Result<PathBuf> {
         let mut command = Command::new(prerequisites::program("npm", "npm")?);
         command.args(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix"]).arg(&dir);
         command.arg("spdy-transport@3.0.0");
-        run(command, None, Duration::from_secs(180)).await?.ok().context("npm can't install spdy-transport")?;
+        run(command, None, Duration::from_mins(3)).await?.ok().context("npm can't install spdy-transport")?;
     }
     Ok(dir)
 }
@@ -141,7 +141,7 @@ async fn machine(name: &str) -> Result<(Home, Up)> {
 async fn kubectl_talks_to_a_machine_over_both_protocols() -> Result<()> {
     let (_home, up) = machine("streaming").await?;
     let input = input();
-    let minute = Duration::from_secs(60);
+    let minute = Duration::from_mins(1);
     for web_sockets in PROTOCOLS {
         let exec = async |stdin: Option<&[u8]>, script: &str| {
             let args = ["exec", "-i", "vm", "--", "sh", "-c", script];

@@ -125,11 +125,11 @@ pub(super) fn resource(stats: Option<&NodeStats>) -> String {
             "Cumulative cpu time consumed by the container in core-seconds",
         );
         each_container(stats, |labels, container| {
-            samples.cpu("container_cpu_usage_seconds_total", labels, &container.usage)
+            samples.cpu("container_cpu_usage_seconds_total", labels, &container.usage);
         });
         samples.family("container_memory_working_set_bytes", "gauge", "Current working set of the container in bytes");
         each_container(stats, |labels, container| {
-            samples.memory("container_memory_working_set_bytes", labels, &container.usage)
+            samples.memory("container_memory_working_set_bytes", labels, &container.usage);
         });
         samples.family(
             "container_start_time_seconds",

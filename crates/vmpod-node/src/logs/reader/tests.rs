@@ -87,9 +87,9 @@ async fn damage_is_passed_over() {
 }
 
 /// Everything a follower gets, collected while the log is written.
-fn follow(log: LogFile, options: LogOptions) -> tokio::task::JoinHandle<String> {
+fn follow(log: LogFile, mut options: LogOptions) -> tokio::task::JoinHandle<String> {
+    options.follow = true;
     tokio::spawn(async move {
-        let options = LogOptions { follow: true, ..options };
         let parts: Vec<_> = read(log, options).try_collect().await.unwrap();
         String::from_utf8(parts.concat()).unwrap()
     })

@@ -53,7 +53,7 @@ impl Scripted {
         tokio::time::timeout(std::time::Duration::from_secs(5), reached).await.unwrap().unwrap();
     }
 
-    fn pod(&self, pod: &PodRef) -> Result<(), RuntimeError> {
+    fn pod(pod: &PodRef) -> Result<(), RuntimeError> {
         let uid = pod.uid.as_deref().is_none_or(|uid| uid == "uid-1");
         if pod.namespace == "default" && ["vm", "stopped"].contains(&pod.name.as_str()) && uid {
             Ok(())
@@ -62,8 +62,8 @@ impl Scripted {
         }
     }
 
-    fn container(&self, target: &Target) -> Result<(), RuntimeError> {
-        self.pod(&target.pod)?;
+    fn container(target: &Target) -> Result<(), RuntimeError> {
+        Self::pod(&target.pod)?;
         if target.container == "main" { Ok(()) } else { Err(RuntimeError::NoContainer(target.clone())) }
     }
 
@@ -138,7 +138,7 @@ impl Runtime for Scripted {
     }
 
     async fn check_running(&self, target: &Target) -> Result<(), RuntimeError> {
-        self.container(target)?;
+        Self::container(target)?;
         if target.pod.name == "vm" {
             return Ok(());
         }
@@ -146,7 +146,7 @@ impl Runtime for Scripted {
     }
 
     async fn check_forward(&self, pod: &PodRef) -> Result<(), RuntimeError> {
-        self.pod(pod)
+        Self::pod(pod)
     }
 
     async fn exec(&self, _: &Target, request: ExecRequest, streams: Streams) -> Result<Exit, RuntimeError> {
@@ -162,7 +162,7 @@ impl Runtime for Scripted {
     }
 
     async fn logs(&self, target: &Target, previous: bool) -> Result<LogFile, RuntimeError> {
-        self.container(target)?;
+        Self::container(target)?;
         let log = self.log.lock().unwrap().clone().filter(|_| !previous);
         log.ok_or_else(|| RuntimeError::NoLog {
             target: target.clone(),

@@ -15,10 +15,10 @@ const LENGTH_MASK: u32 = 0x00ff_ffff;
 const FIN: u8 = 1;
 const UNIDIRECTIONAL: u8 = 2;
 
-/// SETTINGS_INITIAL_WINDOW_SIZE.
+/// `SETTINGS_INITIAL_WINDOW_SIZE`.
 pub(super) const INITIAL_WINDOW_SIZE: u32 = 7;
 
-/// Status codes of RST_STREAM.
+/// Status codes of `RST_STREAM`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub(super) enum Reset {

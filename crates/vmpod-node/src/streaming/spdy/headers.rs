@@ -100,12 +100,11 @@ impl Reader {
                 return Err(BlockError::TooLong);
             }
             match status {
-                None => {}
                 // No direction ever ends its stream.
                 Some(Status::StreamEnd) => return Err(BlockError::Compression),
                 Some(_) if block.is_empty() && produced < buffer.len() => break,
                 Some(_) if consumed == 0 && produced == 0 => return Err(BlockError::Compression),
-                Some(_) => {}
+                None | Some(_) => {}
             }
         }
         Headers::parse(plain.into())

@@ -25,7 +25,7 @@ use super::{
 
 /// A window before any SETTINGS: both of a stream's, and both of the connection's.
 const WINDOW: i64 = 64 * 1024;
-/// Consumed bytes that are worth a WINDOW_UPDATE.
+/// Consumed bytes that are worth a `WINDOW_UPDATE`.
 const UPDATE: u32 = 32 * 1024;
 /// Frames waiting to be sent beyond which streams wait. The reader waits at twice this.
 const OUT: usize = 256 * 1024;
@@ -142,6 +142,7 @@ impl Incoming {
     }
 
     /// Answers that the stream is welcome. The peer drops data that comes before this.
+    #[must_use]
     pub fn accept(mut self) -> Option<Stream> {
         let stream = self.stream.take()?;
         let mut reply = Headers::default();
@@ -584,14 +585,13 @@ async fn receive(shared: &Shared, io: &mut (impl AsyncRead + Unpin), stream: u32
         let mut state = shared.lock();
         let wanted = state.streams.get(&stream).map(|entry| !entry.fin_received);
         match wanted {
-            Some(true) => {}
             Some(false) => state.reset(stream, Reset::Protocol),
             // A stream that was reset meanwhile gets no answer; one that never was gets one.
             None if stream > state.last => {
                 let status = Reset::InvalidStream as u32;
                 state.send(Control::RstStream { stream, status }.encode());
             }
-            None => {}
+            Some(true) | None => {}
         }
     }
     while left > 0 {
