@@ -14,7 +14,10 @@ use http_body_util::BodyExt as _;
 use hyper::client::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use rustls::pki_types::ServerName;
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::{DigitallySignedStruct, SignatureScheme};
 use serde_json::Value;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -24,7 +27,7 @@ use crate::http::path::Target;
 use crate::http::query::Query;
 use crate::http::respond;
 use crate::pki::{Pki, PkiError, chain_and_key};
-use crate::server::Server;
+use crate::server::{Server, digest};
 use crate::status::Status;
 use crate::store::Key;
 
@@ -45,6 +48,7 @@ const DIRECT_WEBSOCKETS: &str = "ExtendWebSocketsToKubelet";
 #[derive(Clone)]
 pub(crate) struct Kubelets {
     tls: Arc<rustls::ClientConfig>,
+    authority: Arc<WebPkiServerVerifier>,
 }
 
 impl Kubelets {
@@ -54,19 +58,77 @@ impl Kubelets {
         let own = pki.issue_client("kube-apiserver-kubelet-client", &[crate::identity::MASTERS.into()])?;
         let unusable = || PkiError::Content { what: "certificate for calling kubelets", path: "ca.crt".into() };
         let mut roots = rustls::RootCertStore::empty();
-        let ca = rustls_pki_types::CertificateDer::from_pem_slice(pki.ca_pem().as_bytes()).map_err(|_| unusable())?;
+        let ca = CertificateDer::from_pem_slice(pki.ca_pem().as_bytes()).map_err(|_| unusable())?;
         roots.add(ca).map_err(|_| unusable())?;
         let (chain, key) = chain_and_key(&own).ok_or_else(unusable)?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let authority = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().map_err(|_| unusable())?;
         let mut tls = rustls::ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|_| unusable())?
-            .with_root_certificates(roots)
+            .with_webpki_verifier(authority.clone())
             .with_client_auth_cert(chain, key)
             .map_err(|_| unusable())?;
         // Upgrades need HTTP/1.1.
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Ok(Self { tls: Arc::new(tls) })
+        Ok(Self { tls: Arc::new(tls), authority })
+    }
+
+    /// The TLS settings for one kubelet.
+    fn tls_for(&self, endpoint: &Endpoint) -> Arc<rustls::ClientConfig> {
+        let Some(pin) = endpoint.pin.clone() else { return self.tls.clone() };
+        let mut tls = (*self.tls).clone();
+        tls.dangerous().set_certificate_verifier(Arc::new(Pinned { authority: self.authority.clone(), pin }));
+        Arc::new(tls)
+    }
+}
+
+/// The annotation by which a node tells the SHA-256 (hexadecimal) of a serving certificate that our
+/// authority didn't sign. Only the node itself and administrators can write it.
+const CERTIFICATE_PIN: &str = "vmpod.dev/kubelet-certificate-sha256";
+
+/// Accepts a certificate of our authority, or the very one that the node named.
+#[derive(Debug)]
+struct Pinned {
+    authority: Arc<WebPkiServerVerifier>,
+    pin: String,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if digest(end_entity) == self.pin {
+            return Ok(ServerCertVerified::assertion());
+        }
+        self.authority.verify_server_cert(end_entity, intermediates, server_name, ocsp_response, now)
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.authority.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.authority.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.authority.supported_verify_schemes()
     }
 }
 
@@ -77,6 +139,8 @@ struct Endpoint {
     port: u16,
     /// Whether WebSocket v5 can be passed through.
     websocket_v5: bool,
+    /// The certificate that the node named as its own.
+    pin: Option<String>,
 }
 
 fn endpoint(node: &Value) -> Option<Endpoint> {
@@ -87,7 +151,8 @@ fn endpoint(node: &Value) -> Option<Endpoint> {
     let port = port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).unwrap_or(KUBELET_PORT);
     let declared = node["status"]["declaredFeatures"].as_array().is_some_and(|list| list.iter().any(|one| one == DIRECT_WEBSOCKETS));
     let ours = node["status"]["nodeInfo"]["kubeletVersion"].as_str().is_some_and(|version| version.contains("vmpod"));
-    Some(Endpoint { host: host.into(), port, websocket_v5: declared || ours })
+    let pin = node["metadata"]["annotations"][CERTIFICATE_PIN].as_str().map(str::to_ascii_lowercase);
+    Some(Endpoint { host: host.into(), port, websocket_v5: declared || ours, pin })
 }
 
 fn node_endpoint(server: &Server, name: &str) -> Result<Endpoint, Status> {
@@ -209,7 +274,7 @@ async fn dial(server: &Server, endpoint: &Endpoint) -> Result<http1::SendRequest
             Ok(address) => ServerName::from(address),
             Err(_) => ServerName::try_from(endpoint.host.clone()).map_err(|error| unreachable(endpoint, error))?,
         };
-        let tls = TlsConnector::from(server.kubelets.tls.clone()).connect(name, tcp).await.map_err(|error| unreachable(endpoint, error))?;
+        let tls = TlsConnector::from(server.kubelets.tls_for(endpoint)).connect(name, tcp).await.map_err(|error| unreachable(endpoint, error))?;
         let (sender, connection) = http1::handshake(TokioIo::new(tls)).await.map_err(|error| unreachable(endpoint, error))?;
         tokio::spawn(async move {
             if let Err(error) = connection.with_upgrades().await {
@@ -406,7 +471,7 @@ mod tests {
             "daemonEndpoints": { "kubeletEndpoint": { "Port": 12345 } },
             "nodeInfo": { "kubeletVersion": "v1.36.0" },
         } });
-        assert_eq!(endpoint(&node).unwrap(), Endpoint { host: "127.0.0.1".into(), port: 12345, websocket_v5: false });
+        assert_eq!(endpoint(&node).unwrap(), Endpoint { host: "127.0.0.1".into(), port: 12345, websocket_v5: false, pin: None });
         node["status"]["declaredFeatures"] = json!([DIRECT_WEBSOCKETS]);
         assert!(endpoint(&node).unwrap().websocket_v5);
         assert_eq!(endpoint(&json!({ "status": {} })), None);

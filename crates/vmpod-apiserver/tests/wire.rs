@@ -125,8 +125,13 @@ async fn serves_tls_to_those_it_knows_and_stops() {
 }
 
 /// A kubelet that serves one log and answers an upgrade by echoing, to callers with a certificate.
-async fn kubelet(server: &ApiServer) -> u16 {
-    let issued = server.pki().issue_serving("system:node:n1", &["127.0.0.1".into()]).unwrap();
+async fn kubelet(server: &ApiServer, authority: &ApiServer) -> (u16, String) {
+    let issued = authority.pki().issue_serving("system:node:n1", &["127.0.0.1".into()]).unwrap();
+    let hash: String = {
+        use sha2::Digest as _;
+        let leaf = CertificateDer::from_pem_slice(issued.cert_pem.as_bytes()).unwrap();
+        sha2::Sha256::digest(&leaf).iter().map(|byte| format!("{byte:02x}")).collect()
+    };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(server.pki().ca_pem().as_bytes()).unwrap()).unwrap();
@@ -171,7 +176,7 @@ async fn kubelet(server: &ApiServer) -> u16 {
             });
         }
     });
-    port
+    (port, hash)
 }
 
 #[tokio::test]
@@ -183,7 +188,7 @@ async fn passes_logs_and_upgrades_through_to_the_kubelet() {
         let (server, stop) = (server.clone(), stop.clone());
         async move { server.serve(stop).await }
     });
-    let port = kubelet(&server).await;
+    let (port, _) = kubelet(&server, &server).await;
     let client = client(&server, &Identity::admin()).await;
     let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(client.clone());
     let node = json!({
@@ -237,4 +242,34 @@ async fn passes_logs_and_upgrades_through_to_the_kubelet() {
     assert_eq!(&back, b"\x80\x03raw bytes");
     stop.cancel();
     serving.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn trusts_a_foreign_kubelet_only_by_the_certificate_its_node_named() {
+    drop(rustls::crypto::ring::default_provider().install_default());
+    let (_dir, server) = open(false).await;
+    let (_other_dir, other) = open(false).await;
+    let (port, hash) = kubelet(&server, &other).await;
+    let client = Client::new(server.router_as(Identity::admin()), "default");
+    let nodes: Api<k8s_openapi::api::core::v1::Node> = Api::all(client.clone());
+    let node = json!({
+        "apiVersion": "v1", "kind": "Node", "metadata": { "name": "n1" },
+        "status": {
+            "addresses": [{ "type": "InternalIP", "address": "127.0.0.1" }],
+            "daemonEndpoints": { "kubeletEndpoint": { "Port": port } },
+        },
+    });
+    nodes.create(&PostParams::default(), &serde_json::from_value(node).unwrap()).await.unwrap();
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::default_namespaced(client);
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "p" },
+        "spec": { "nodeName": "n1", "containers": [{ "name": "vm", "image": "tiny" }] },
+    });
+    pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
+    for (pin, trusted) in [(None, false), (Some("00".repeat(32)), false), (Some(hash), true)] {
+        let annotation = json!({ "metadata": { "annotations": { "vmpod.dev/kubelet-certificate-sha256": pin } } });
+        nodes.patch("n1", &kube::api::PatchParams::default(), &kube::api::Patch::Merge(annotation)).await.unwrap();
+        let log = pods.logs("p", &LogParams { tail_lines: Some(2), ..LogParams::default() }).await;
+        assert_eq!(log.is_ok(), trusted, "{log:?}");
+    }
 }
