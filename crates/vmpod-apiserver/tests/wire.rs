@@ -130,7 +130,7 @@ async fn kubelet(server: &ApiServer, authority: &ApiServer) -> (u16, String) {
     let hash: String = {
         use sha2::Digest as _;
         let leaf = CertificateDer::from_pem_slice(issued.cert_pem.as_bytes()).unwrap();
-        sha2::Sha256::digest(&leaf).iter().map(|byte| format!("{byte:02x}")).collect()
+        sha2::Sha256::digest(&leaf).iter().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|digit| char::from_digit(digit.into(), 16)).collect()
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
