@@ -85,7 +85,7 @@ async fn a_peer_without_windows_is_only_held_back_by_the_connection() {
     let (mut client, mut session) = pair(Limits::default());
     client.open(&[]).await;
     let mut stream = accept(&mut session).await.finishing();
-    let sent = tokio::spawn(async move { stream.write_all(&[7; 1_000_000]).await });
+    let sent = tokio::spawn(async move { stream.write_all(&vec![7; 1_000_000]).await });
     let mut received = 0;
     while received < 1_000_000 {
         if let Some(Event::Data(1, bytes, _)) = client.event().await {
@@ -101,7 +101,7 @@ async fn a_peer_with_windows_gets_what_it_grants() {
     client.control(&Control::Settings(vec![(INITIAL_WINDOW_SIZE, 1000)])).await;
     client.open(&[]).await;
     let mut stream = accept(&mut session).await.finishing();
-    let sent = tokio::spawn(async move { stream.write_all(&[7; 70_000]).await });
+    let sent = tokio::spawn(async move { stream.write_all(&vec![7; 70_000]).await });
     assert_eq!(client.event().await, Some(Event::Reply(1)));
     let mut received = 0;
     let grants = [(1, 500), (1, 66_000), (0, 10_000), (1, 10_000)];
