@@ -212,6 +212,7 @@ fn between_attempts(pod: &Pod, record: &Record, ended: &Ended, seen: &Observed, 
     }
     let state = match &seen.trouble {
         Some(trouble) => waiting(&trouble.reason, Some(trouble.message.clone())),
+        None if record.backoff.until().is_none() => waiting("ContainerCreating", None),
         None => waiting(
             "CrashLoopBackOff",
             Some(format!(

@@ -103,6 +103,8 @@ fn phases_states_and_conditions() {
         ended: Some(ended(code, reason)),
         ..attempt(number, Some(1), Main::Unstarted)
     };
+    let mut crashed = with(finished(0, 1, "Error"));
+    crashed.backoff.fail(at(9), at(1));
     let cases = [
         ("accepted", brief(&of(&console, &record(), &Observed::default()))),
         ("no image", brief(&of(&console, &record(), &trouble("ImagePullBackOff")))),
@@ -119,7 +121,8 @@ fn phases_states_and_conditions() {
                 &live(true),
             )),
         ),
-        ("backing off", brief(&of(&console, &with(finished(0, 1, "Error")), &Observed::default()))),
+        ("backing off", brief(&of(&console, &crashed, &Observed::default()))),
+        ("stopped with the last agent", brief(&of(&console, &with(finished(0, 137, "Error")), &Observed::default()))),
         ("succeeded", brief(&of(&pod("Never", false), &over(finished(0, 0, "Completed"), true), &Observed::default()))),
         ("failed", brief(&of(&pod("Never", false), &over(finished(0, 3, "Error"), false), &Observed::default()))),
         (

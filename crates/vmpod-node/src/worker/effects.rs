@@ -189,7 +189,10 @@ impl Worker {
                 let attempt = record.attempt.as_mut()?;
                 attempt.ended = Some(ended.clone());
                 let began = ended.started.unwrap_or(ended.finished);
-                record.backoff.fail(ended.finished, began);
+                // A machine that was stopped with its agent did nothing wrong.
+                if record.stop.as_ref().is_none_or(|stop| stop.why != StopReason::Agent) {
+                    record.backoff.fail(ended.finished, began);
+                }
                 record.terminal.clone_from(&terminal);
                 Some(())
             })
