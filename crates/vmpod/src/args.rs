@@ -223,6 +223,7 @@ pub(crate) struct Qemu {
 /// itself off; with -i or -t a shell runs instead. Uses the `vmpod up` of the same home when one is
 /// running, else a private one for the time it takes.
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "they are switches of a command line")]
 pub(crate) struct Run {
     /// The image: a name in the store (`vmpod image ls`) or a registry reference
     pub(crate) image: String,
@@ -290,7 +291,6 @@ pub(crate) struct Ps {
 
 /// Print what a machine wrote: its main process, or its console.
 #[derive(Debug, Args)]
-#[expect(clippy::struct_excessive_bools, reason = "they are switches of a command line")]
 pub(crate) struct Logs {
     /// The pod
     pub(crate) pod: String,

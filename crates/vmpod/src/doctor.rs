@@ -95,19 +95,19 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
 fn print(checks: &[Check]) -> Result<()> {
     let style = Style::stdout();
     let width = checks.iter().map(|check| check.name.len()).max().unwrap_or_default();
-    let mut text = String::new();
+    let mut lines = Vec::new();
     for check in checks {
         let sign = match check.state {
             State::Ok => style.green("ok     "),
             State::Warning => style.yellow("warning"),
             State::Broken => style.red("broken "),
         };
-        text.push_str(&format!("{sign}  {:width$}  {}\n", check.name, check.found));
+        lines.push(format!("{sign}  {:width$}  {}\n", check.name, check.found));
         if let Some(mend) = &check.mend {
-            text.push_str(&format!("         {:width$}  {} {mend}\n", "", style.bold("→")));
+            lines.push(format!("         {:width$}  {} {mend}\n", "", style.bold("→")));
         }
     }
-    output::data(&text)
+    output::data(&lines.concat())
 }
 
 /// The oldest QEMU that is tried.

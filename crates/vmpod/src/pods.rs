@@ -182,12 +182,12 @@ mod tests {
     use super::*;
 
     fn pod(status: serde_json::Value) -> Pod {
-        serde_json::from_value(json!({
+        let mut pod = json!({
             "metadata": {"name": "p", "creationTimestamp": "2026-01-01T00:00:00Z"},
             "spec": {"containers": [{"name": "m", "image": "tiny"}]},
-            "status": status,
-        }))
-        .unwrap()
+        });
+        pod["status"] = status;
+        serde_json::from_value(pod).unwrap()
     }
 
     #[test]

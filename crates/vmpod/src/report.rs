@@ -72,19 +72,19 @@ pub(crate) fn render(error: &anyhow::Error, style: Style) -> String {
         }
         lines.push(text.to_owned());
     }
-    let mut out = String::new();
+    let mut out = Vec::new();
     for (depth, line) in lines.iter().enumerate() {
         let line = line.replace('\n', "\n    ");
         if depth == 0 {
-            out.push_str(&format!("{}: {line}\n", style.red("error")));
+            out.push(format!("{}: {line}\n", style.red("error")));
         } else {
-            out.push_str(&format!("  {}: {line}\n", style.dim("because")));
+            out.push(format!("  {}: {line}\n", style.dim("because")));
         }
     }
     if let Some(remedy) = error.downcast_ref::<Remedy>() {
-        out.push_str(&format!("  {}: {}\n", style.green("try"), remedy.remedy.replace('\n', "\n       ")));
+        out.push(format!("  {}: {}\n", style.green("try"), remedy.remedy.replace('\n', "\n       ")));
     }
-    out
+    out.concat()
 }
 
 #[cfg(test)]

@@ -45,10 +45,13 @@ pub(crate) async fn run(home: &Home, args: args::Run) -> Result<Exit> {
     let pod = pod(&args, &reference, user_data, &letters(5));
     let interrupts = Interrupts::listen()?;
     match home.holder()? {
-        Some(holder) if holder.role == Role::Up => in_pod(client::connect(home).await?, pod, &args, interrupts).await,
+        Some(holder) if holder.role == Role::Up => {
+            let client = client::connect(home).await?;
+            Box::pin(in_pod(client, pod, &args, interrupts)).await
+        }
         _ if args.detach => Err(up::needs_up(home, "--detach").into()),
         _ if args.keep => Err(up::needs_up(home, "--keep").into()),
-        _ => alone(home, pod, &args, interrupts).await,
+        _ => Box::pin(alone(home, pod, &args, interrupts)).await,
     }
 }
 
@@ -87,7 +90,10 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         Ok(Err(error)) => Err(error),
         Ok(Ok(mut stack)) => {
             let result = tokio::select! {
-                result = async { in_pod(client::from_file(&private.kubeconfig(), None).await?, pod, args, interrupts).await } => result,
+                result = async {
+                    let client = client::from_file(&private.kubeconfig(), None).await?;
+                    Box::pin(in_pod(client, pod, args, interrupts)).await
+                } => result,
                 error = stack.ended() => Err(error),
             };
             let stopped = stack.stop(GRACE).await;

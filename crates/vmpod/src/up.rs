@@ -17,7 +17,6 @@ use crate::stack::{Plan, Stack};
 
 /// Runs until interrupted.
 pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
-    #[expect(clippy::disallowed_methods, reason = "the time it takes is told to a person")]
     let began = Instant::now();
     let mut interrupts = Interrupts::listen()?;
     let _lock = home.lock(Role::Up).await?;

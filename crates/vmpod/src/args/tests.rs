@@ -21,10 +21,9 @@ fn helps() -> Vec<(String, String)> {
 
 #[test]
 fn the_help_is_what_it_was() {
-    let mut all = String::new();
-    for (name, help) in helps() {
-        all.push_str(&format!("══ {name}\n{}\n", help.trim_end()));
-    }
+    let all: Vec<String> =
+        helps().into_iter().map(|(name, help)| format!("══ {name}\n{}\n", help.trim_end())).collect();
+    let all = all.concat();
     insta::assert_snapshot!("help", all);
 }
 

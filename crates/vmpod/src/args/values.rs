@@ -45,7 +45,7 @@ pub(crate) enum Firmware {
 /// How the guest learns who it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Seed {
-    /// A NoCloud seed, read by cloud-init and its like.
+    /// A seed disk as cloud-init and its like read it.
     Nocloud,
     /// It doesn't.
     None,
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn durations_have_units() {
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
-        assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("1h30m"), Ok(Duration::from_mins(90)));
         assert_eq!(duration("250ms"), Ok(Duration::from_millis(250)));
         assert_eq!(duration("1m5s"), Ok(Duration::from_secs(65)));
         for bad in ["", "s", "1d", "5m3", "999999999999999999999h", "1 h"] {

@@ -17,11 +17,15 @@ fn made(words: &[&str]) -> Pod {
 }
 
 fn at(status: serde_json::Value) -> Stage {
-    stage(&serde_json::from_value(json!({"metadata": {"name": "p"}, "status": status})).unwrap())
+    let mut pod = json!({"metadata": {"name": "p"}});
+    pod["status"] = status;
+    stage(&serde_json::from_value(pod).unwrap())
 }
 
 fn container(state: serde_json::Value) -> serde_json::Value {
-    json!([{"name": "machine", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": state}])
+    let mut all = json!([{"name": "machine", "image": "", "imageID": "", "ready": false, "restartCount": 0}]);
+    all[0]["state"] = state;
+    all
 }
 
 #[test]
