@@ -1,4 +1,4 @@
-//! The routes that answer and are done; [`sessions`](super::sessions) has those that stay.
+//! The routes that answer and are done; [`sessions`] has those that stay.
 
 use std::sync::Arc;
 
