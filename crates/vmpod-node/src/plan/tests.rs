@@ -439,7 +439,7 @@ impl Sim {
                 match &mut self.record {
                     Some(record) if record.attempt.is_none() && record.terminal.is_none() => self.record = None,
                     Some(record) if record.stop.as_ref().is_some_and(|stop| stop.why == StopReason::Agent) => {
-                        record.stop = None
+                        record.stop = None;
                     }
                     _ => {}
                 }
