@@ -7,6 +7,7 @@ mod directions;
 mod files;
 mod invariants;
 mod licences;
+mod manifests;
 mod words;
 
 use std::collections::BTreeMap;
@@ -45,6 +46,7 @@ pub(crate) fn run(root: &Path) -> Result<()> {
     findings.extend(licences::check(&metadata(root, &[])?));
     findings.extend(files::check(&tree));
     findings.extend(invariants::check(&tree));
+    findings.extend(manifests::check(&tree));
     findings.extend(words::check(&tree));
     findings.sort();
     for finding in &findings {
