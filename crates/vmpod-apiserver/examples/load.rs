@@ -16,8 +16,13 @@ fn resident_mib() -> Option<u64> {
     line.trim().trim_end_matches("kB").trim().parse::<u64>().ok().map(|kib| kib / 1024)
 }
 
-async fn create(server: &ApiServer, path: &str, body: serde_json::Value) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-    let request = Request::post(path).header("content-type", "application/json").body(Body::from(serde_json::to_vec(&body)?))?;
+async fn create(
+    server: &ApiServer,
+    path: &str,
+    body: serde_json::Value,
+) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let request =
+        Request::post(path).header("content-type", "application/json").body(Body::from(serde_json::to_vec(&body)?))?;
     let response = server.router_as(Identity::admin()).oneshot(request).await?;
     if response.status().as_u16() == 201 { Ok(()) } else { Err(format!("{}", response.status()).into()) }
 }

@@ -14,7 +14,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = Options { dir: dir.join("api"), listen: Some(([127, 0, 0, 1], port).into()), extra_sans: Vec::new() };
     let server = ApiServer::open(options).await?;
     let kubeconfig = server.kubeconfig(&Identity::admin())?;
-    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(dir.join("kubeconfig"))?;
+    let mut file =
+        std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(dir.join("kubeconfig"))?;
     std::io::Write::write_all(&mut file, kubeconfig.as_bytes())?;
     let stop = CancellationToken::new();
     tokio::spawn({

@@ -56,7 +56,9 @@ async fn step(server: &Server, object: &Object) {
 }
 
 fn has(csr: &Value, kind: &str) -> bool {
-    csr["status"]["conditions"].as_array().is_some_and(|list| list.iter().any(|one| one["type"] == kind && one["status"] != "False"))
+    csr["status"]["conditions"]
+        .as_array()
+        .is_some_and(|list| list.iter().any(|one| one["type"] == kind && one["status"] != "False"))
 }
 
 /// The request with the next thing done to it, if there is one.
@@ -71,7 +73,13 @@ fn plan(server: &Server, csr: &Value, now: jiff::Timestamp) -> Option<Value> {
         if signer != KUBELET_CLIENT || !own_identity(csr) {
             return None;
         }
-        add_condition(&mut next, "Approved", "AutoApproved", "Auto approving kubelet client certificate after SubjectAccessReview.", now);
+        add_condition(
+            &mut next,
+            "Approved",
+            "AutoApproved",
+            "Auto approving kubelet client certificate after SubjectAccessReview.",
+            now,
+        );
         changed = true;
     }
     let usage = match signer {

@@ -16,7 +16,12 @@ use crate::status::Status;
 const VERSION: (&str, &str) = ("1", "36");
 
 /// Answers a path that is no resource.
-pub(crate) fn serve(server: &Server, method: &Method, headers: &HeaderMap, path: &str) -> Result<Response<Body>, Status> {
+pub(crate) fn serve(
+    server: &Server,
+    method: &Method,
+    headers: &HeaderMap,
+    path: &str,
+) -> Result<Response<Body>, Status> {
     if !matches!(*method, Method::GET | Method::HEAD) {
         return Err(Status::method_not_allowed_here());
     }
@@ -38,8 +43,12 @@ pub(crate) fn serve(server: &Server, method: &Method, headers: &HeaderMap, path:
         ["apis", group] => found(registry.discovery_group(group)),
         ["apis", group, version] => found(registry.discovery_resources(group, version)),
         ["openapi", "v3"] => respond::json_value(StatusCode::OK, &openapi::index(&registry)),
-        ["openapi", "v3", "api", version] => found(openapi::document(&registry, "", version).map(|value| (*value).clone())),
-        ["openapi", "v3", "apis", group, version] => found(openapi::document(&registry, group, version).map(|value| (*value).clone())),
+        ["openapi", "v3", "api", version] => {
+            found(openapi::document(&registry, "", version).map(|value| (*value).clone()))
+        }
+        ["openapi", "v3", "apis", group, version] => {
+            found(openapi::document(&registry, group, version).map(|value| (*value).clone()))
+        }
         [".well-known", "openid-configuration"] => respond::json_value(
             StatusCode::OK,
             &json!({
@@ -64,7 +73,11 @@ fn discovery_list(list: &Value, headers: &HeaderMap) -> Response<Body> {
     let body = respond::serialise(list);
     let tag = format!("\"{}\"", crate::server::digest(&body));
     let known = headers.get(http::header::IF_NONE_MATCH).and_then(|value| value.to_str().ok()) == Some(tag.as_str());
-    let mut response = if known { respond::json_bytes(StatusCode::NOT_MODIFIED, Body::empty()) } else { respond::json_bytes(StatusCode::OK, body) };
+    let mut response = if known {
+        respond::json_bytes(StatusCode::NOT_MODIFIED, Body::empty())
+    } else {
+        respond::json_bytes(StatusCode::OK, body)
+    };
     let headers = response.headers_mut();
     headers.insert(
         http::header::CONTENT_TYPE,

@@ -22,10 +22,8 @@ const NAMES: [(&str, &str); 7] = [
 
 fn rename(value: &mut Value, from_to: impl Fn(&str) -> Option<&'static str>, versions: (&str, &str)) {
     let Some(map) = value.as_object_mut() else { return };
-    let renamed: Map<String, Value> = std::mem::take(map)
-        .into_iter()
-        .map(|(name, value)| (from_to(&name).map_or(name, Into::into), value))
-        .collect();
+    let renamed: Map<String, Value> =
+        std::mem::take(map).into_iter().map(|(name, value)| (from_to(&name).map_or(name, Into::into), value)).collect();
     *map = renamed;
     if let Some(version) = map.get_mut("apiVersion")
         && version == versions.0

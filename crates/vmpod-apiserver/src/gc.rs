@@ -87,7 +87,8 @@ async fn owned(server: &Server, stop: &CancellationToken) {
 /// Whether an object may need something done when it is first seen.
 fn is_work(object: &Object) -> bool {
     let digest = object.digest();
-    let awaited = object.is_deleting() && (owners::has_finalizer(digest, FOREGROUND) || owners::has_finalizer(digest, ORPHAN));
+    let awaited =
+        object.is_deleting() && (owners::has_finalizer(digest, FOREGROUND) || owners::has_finalizer(digest, ORPHAN));
     awaited || !owners::of(digest).is_empty()
 }
 
@@ -154,7 +155,8 @@ async fn foreground(server: &Server, graph: &Graph, owner: &Object) -> Result<()
     let mut blocked = false;
     for key in graph.of(owner.uid()) {
         let Some(dependent) = server.store.get(&key) else { continue };
-        let blocks = owners::of(dependent.digest()).iter().any(|reference| reference.uid == owner.uid() && reference.blocks);
+        let blocks =
+            owners::of(dependent.digest()).iter().any(|reference| reference.uid == owner.uid() && reference.blocks);
         if !dependent.is_deleting() {
             Box::pin(collect(server, graph, &dependent)).await?;
         }

@@ -142,7 +142,9 @@ fn caller(server: &Server, request: &Request<Body>, now: Timestamp) -> Result<Id
 /// Administrators may act as somebody else (`kubectl --as`).
 fn impersonated(identity: Identity, headers: &HeaderMap) -> Result<Identity, Status> {
     let Some(user) = headers.get("impersonate-user") else { return Ok(identity) };
-    let text = |value: &http::HeaderValue| value.to_str().map(str::to_owned).map_err(|_| Status::bad_request("an impersonation header is not text"));
+    let text = |value: &http::HeaderValue| {
+        value.to_str().map(str::to_owned).map_err(|_| Status::bad_request("an impersonation header is not text"))
+    };
     let user = text(user)?;
     if !identity.in_group(crate::identity::MASTERS) {
         return Err(Status::forbidden_user(&identity.user, "impersonate", "", "users", &user, ""));
@@ -168,9 +170,20 @@ async fn route(server: Arc<Server>, request: Request<Body>, now: Timestamp) -> R
     };
     let query = Query::parse(request.uri().query());
     let (parts, body) = request.into_parts();
-    let call = Call { server, identity, method: parts.method.clone(), headers: parts.headers.clone(), query, target, resource, shown, now };
+    let call = Call {
+        server,
+        identity,
+        method: parts.method.clone(),
+        headers: parts.headers.clone(),
+        query,
+        target,
+        resource,
+        shown,
+        now,
+    };
     authorize::resource(&call.server, &call.identity, &attributes(&call)?)?;
-    if call.resource.namespaced && call.target.namespace.is_none() && call.method != Method::GET && call.resource.stored {
+    if call.resource.namespaced && call.target.namespace.is_none() && call.method != Method::GET && call.resource.stored
+    {
         return Err(Status::method_not_allowed_here());
     }
     if !call.resource.namespaced && call.target.namespace.is_some() {

@@ -49,11 +49,7 @@ impl Identity {
     /// A caller who showed no credential.
     #[must_use]
     pub fn anonymous() -> Self {
-        Self {
-            user: "system:anonymous".into(),
-            groups: vec![UNAUTHENTICATED.into()],
-            ..Self::default()
-        }
+        Self { user: "system:anonymous".into(), groups: vec![UNAUTHENTICATED.into()], ..Self::default() }
     }
 
     /// Whether the caller is in a group.

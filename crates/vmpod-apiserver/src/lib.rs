@@ -152,7 +152,8 @@ impl ApiServer {
 
     /// Serves TLS and runs the controllers until `stop` is cancelled.
     pub async fn serve(&self, stop: CancellationToken) -> Result<(), ApiServerError> {
-        let listener = self.listener.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or(ApiServerError::NoListener)?;
+        let listener =
+            self.listener.lock().unwrap_or_else(PoisonError::into_inner).take().ok_or(ApiServerError::NoListener)?;
         let stop = stop.child_token();
         let controllers = self.run_controllers(stop.clone());
         let serving = listener.serve(self.router(), &self.server.pki, stop.clone());
@@ -189,11 +190,16 @@ impl ApiServer {
     /// A kubeconfig with a fresh client certificate for `identity`, YAML. Keep it mode 0600.
     pub fn kubeconfig(&self, identity: &Identity) -> Result<String, ApiServerError> {
         let address = self.address().ok_or(ApiServerError::NoListener)?;
-        let groups: Vec<String> = identity.groups.iter().filter(|group| *group != identity::AUTHENTICATED).cloned().collect();
+        let groups: Vec<String> =
+            identity.groups.iter().filter(|group| *group != identity::AUTHENTICATED).cloned().collect();
         let issued = self.server.pki.issue_client(&identity.user, &groups)?;
         let base64 = |text: &str| base64::engine::general_purpose::STANDARD.encode(text);
         // Any address is reachable by loopback on this machine.
-        let host = if address.ip().is_unspecified() { SocketAddr::new(std::net::Ipv4Addr::LOCALHOST.into(), address.port()) } else { address };
+        let host = if address.ip().is_unspecified() {
+            SocketAddr::new(std::net::Ipv4Addr::LOCALHOST.into(), address.port())
+        } else {
+            address
+        };
         Ok(format!(
             "apiVersion: v1\n\
              kind: Config\n\

@@ -28,7 +28,10 @@ pub(crate) fn is_protected(name: &str) -> bool {
 }
 
 pub(crate) fn not_found(server: &Server, name: &str) -> Status {
-    server.registry().resource("", "v1", "namespaces").map_or_else(Status::no_route, |resource| Status::not_found(&resource, name))
+    server
+        .registry()
+        .resource("", "v1", "namespaces")
+        .map_or_else(Status::no_route, |resource| Status::not_found(&resource, name))
 }
 
 /// 403: nothing new goes into a namespace that is being deleted.
@@ -105,7 +108,8 @@ pub(crate) async fn run(server: Arc<Server>, stop: CancellationToken) {
     loop {
         let mut feed = server.store.watch_now(None);
         let mut dirty: HashSet<Work> = HashSet::new();
-        for object in server.store.list("namespaces", None).objects.iter().chain(&server.store.list(CRDS, None).objects) {
+        for object in server.store.list("namespaces", None).objects.iter().chain(&server.store.list(CRDS, None).objects)
+        {
             dirty.extend(Work::of(object));
         }
         loop {
@@ -175,10 +179,13 @@ async fn delete_all(server: &Server, storage: &str, namespace: Option<&str>) -> 
     let Some(resource) = server.resource_stored_as(storage) else {
         // A kind that isn't served any more: nobody can hold its finalizers.
         for object in &objects {
-            let removed: Result<_, Status> = server.store.mutate(object.key(), None, |old, _| match old {
-                Some(old) => Ok(Change::Delete(old.value())),
-                None => Err(Status::no_route()),
-            }).await;
+            let removed: Result<_, Status> = server
+                .store
+                .mutate(object.key(), None, |old, _| match old {
+                    Some(old) => Ok(Change::Delete(old.value())),
+                    None => Err(Status::no_route()),
+                })
+                .await;
             if let Err(status) = removed {
                 tracing::debug!(error = %status, "an object of an unserved kind stays");
             }

@@ -42,7 +42,8 @@ pub(crate) fn tells_readiness(key: &str) -> bool {
 /// Whether this controller puts and removes a taint.
 fn is_ours(taint: &Value) -> bool {
     let key = taint["key"].as_str().unwrap_or_default();
-    taint["effect"] == "NoSchedule" && (tells_readiness(key) || key == UNSCHEDULABLE || PRESSURES.iter().any(|(_, one)| *one == key))
+    taint["effect"] == "NoSchedule"
+        && (tells_readiness(key) || key == UNSCHEDULABLE || PRESSURES.iter().any(|(_, one)| *one == key))
 }
 
 fn condition<'a>(node: &'a Value, kind: &str) -> &'a str {
@@ -68,8 +69,11 @@ fn tainted(node: &Value) -> Option<Value> {
     if !extra && wanted.iter().all(|key| has(key)) {
         return None;
     }
-    let mut kept: Vec<Value> =
-        taints.iter().filter(|taint| !is_ours(taint) || wanted.iter().any(|key| taint["key"] == *key)).cloned().collect();
+    let mut kept: Vec<Value> = taints
+        .iter()
+        .filter(|taint| !is_ours(taint) || wanted.iter().any(|key| taint["key"] == *key))
+        .cloned()
+        .collect();
     kept.extend(wanted.iter().filter(|key| !has(key)).map(|key| json!({ "key": key, "effect": "NoSchedule" })));
     let mut node = node.clone();
     if kept.is_empty() {
@@ -106,14 +110,15 @@ pub(crate) async fn run(server: Arc<Server>, stop: CancellationToken) {
         let mut feed = server.store.watch_now(None);
         let mut silence: DelayQueue<String> = DelayQueue::new();
         let mut timers: HashMap<String, delay_queue::Key> = HashMap::new();
-        let heard = |silence: &mut DelayQueue<String>, timers: &mut HashMap<String, delay_queue::Key>, node: &str| {
-            match timers.get(node) {
+        let heard =
+            |silence: &mut DelayQueue<String>, timers: &mut HashMap<String, delay_queue::Key>, node: &str| match timers
+                .get(node)
+            {
                 Some(timer) => silence.reset(timer, GRACE),
                 None => {
                     timers.insert(node.to_owned(), silence.insert(node.to_owned(), GRACE));
                 }
-            }
-        };
+            };
         for node in &server.store.list("nodes", None).objects {
             // After a start everybody gets the whole time.
             heard(&mut silence, &mut timers, &node.key().name);

@@ -116,11 +116,11 @@ impl Usage {
 
 /// Makes a directory that only its owner can enter, and its parents.
 pub(crate) fn private_dir(dir: &Path) -> Result<(), PkiError> {
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|source| PkiError::File { verb: "make", path: dir.into(), source })
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| PkiError::File {
+        verb: "make",
+        path: dir.into(),
+        source,
+    })
 }
 
 /// Writes a file whole, readable by its owner only.
@@ -151,7 +151,12 @@ pub(crate) fn read_if_there(path: &Path) -> Result<Option<String>, PkiError> {
     }
 }
 
-fn params(subject: &str, groups: &[String], sans: &[String], life: Duration) -> Result<CertificateParams, rcgen::Error> {
+fn params(
+    subject: &str,
+    groups: &[String],
+    sans: &[String],
+    life: Duration,
+) -> Result<CertificateParams, rcgen::Error> {
     let mut params = CertificateParams::new(sans.to_vec())?;
     params.distinguished_name = rcgen::DistinguishedName::new();
     // A name holds one value of each type here; the organisation's identifier, spelled out, is another type.
@@ -191,7 +196,8 @@ impl Pki {
         private_dir(dir)?;
         let (cert, key) = (dir.join("ca.crt"), dir.join("ca.key"));
         if let (Some(ca_pem), Some(key_pem)) = (read_if_there(&cert)?, read_if_there(&key)?) {
-            let pair = KeyPair::from_pem(&key_pem).map_err(|_| PkiError::Content { what: "private key", path: key.clone() })?;
+            let pair = KeyPair::from_pem(&key_pem)
+                .map_err(|_| PkiError::Content { what: "private key", path: key.clone() })?;
             let issuer = Issuer::from_ca_cert_pem(&ca_pem, pair)
                 .map_err(|_| PkiError::Content { what: "certificate", path: cert.clone() })?;
             if !near_end(&ca_pem) {
@@ -209,7 +215,8 @@ impl Pki {
             let key_pem = pair.serialize_pem();
             Ok((cert.pem(), key_pem, Issuer::new(params, pair)))
         };
-        let (ca_pem, key_pem, issuer) = made().map_err(|source| PkiError::Make { subject: "the authority".into(), source })?;
+        let (ca_pem, key_pem, issuer) =
+            made().map_err(|source| PkiError::Make { subject: "the authority".into(), source })?;
         write_private(&key, &key_pem)?;
         write_private(&cert, &ca_pem)?;
         Ok(Self { dir: dir.into(), ca_pem, issuer })

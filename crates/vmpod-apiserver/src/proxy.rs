@@ -62,7 +62,9 @@ impl Kubelets {
         roots.add(ca).map_err(|_| unusable())?;
         let (chain, key) = chain_and_key(&own).ok_or_else(unusable)?;
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let authority = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().map_err(|_| unusable())?;
+        let authority = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+            .build()
+            .map_err(|_| unusable())?;
         let mut tls = rustls::ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .map_err(|_| unusable())?
@@ -145,11 +147,15 @@ struct Endpoint {
 
 fn endpoint(node: &Value) -> Option<Endpoint> {
     let addresses = node["status"]["addresses"].as_array()?;
-    let of = |kind: &str| addresses.iter().find(|address| address["type"] == kind).and_then(|address| address["address"].as_str());
+    let of = |kind: &str| {
+        addresses.iter().find(|address| address["type"] == kind).and_then(|address| address["address"].as_str())
+    };
     let host = of("InternalIP").or_else(|| of("Hostname")).or_else(|| of("ExternalIP"))?;
     let port = node["status"]["daemonEndpoints"]["kubeletEndpoint"]["Port"].as_u64();
     let port = port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0).unwrap_or(KUBELET_PORT);
-    let declared = node["status"]["declaredFeatures"].as_array().is_some_and(|list| list.iter().any(|one| one == DIRECT_WEBSOCKETS));
+    let declared = node["status"]["declaredFeatures"]
+        .as_array()
+        .is_some_and(|list| list.iter().any(|one| one == DIRECT_WEBSOCKETS));
     let ours = node["status"]["nodeInfo"]["kubeletVersion"].as_str().is_some_and(|version| version.contains("vmpod"));
     let pin = node["metadata"]["annotations"][CERTIFICATE_PIN].as_str().map(str::to_ascii_lowercase);
     Some(Endpoint { host: host.into(), port, websocket_v5: declared || ours, pin })
@@ -160,16 +166,27 @@ fn node_endpoint(server: &Server, name: &str) -> Result<Endpoint, Status> {
         .store
         .get(&Key::new("nodes", None, name))
         .ok_or_else(|| Status::internal(format!("error getting node {name:?}: nodes {name:?} not found")))?;
-    endpoint(&node.value()).ok_or_else(|| Status::internal(format!("no preferred addresses found; known addresses of node {name:?}: []")))
+    endpoint(&node.value())
+        .ok_or_else(|| Status::internal(format!("no preferred addresses found; known addresses of node {name:?}: []")))
 }
 
 /// `pods/NAME/{log,exec,attach,portforward}`.
-pub(crate) async fn pod(server: &Arc<Server>, target: &Target, query: &Query, request: Request<Body>) -> Result<Response<Body>, Status> {
-    let (namespace, name) = (target.namespace.as_deref().unwrap_or_default(), target.name.as_deref().unwrap_or_default());
+pub(crate) async fn pod(
+    server: &Arc<Server>,
+    target: &Target,
+    query: &Query,
+    request: Request<Body>,
+) -> Result<Response<Body>, Status> {
+    let (namespace, name) =
+        (target.namespace.as_deref().unwrap_or_default(), target.name.as_deref().unwrap_or_default());
     let subresource = target.subresource.as_deref().unwrap_or_default();
     let pods = server.registry().resource("", "v1", "pods").ok_or_else(Status::no_route)?;
     let pod = server.pod(namespace, name).ok_or_else(|| Status::not_found(&pods, name))?.value();
-    let allowed = if subresource == "log" { matches!(*request.method(), Method::GET | Method::HEAD) } else { matches!(*request.method(), Method::GET | Method::POST) };
+    let allowed = if subresource == "log" {
+        matches!(*request.method(), Method::GET | Method::HEAD)
+    } else {
+        matches!(*request.method(), Method::GET | Method::POST)
+    };
     if !allowed {
         return Err(Status::method_not_allowed_here());
     }
@@ -209,9 +226,14 @@ fn container(pod: &Value, named: Option<&str>) -> Result<String, Status> {
             [only] if init.is_empty() && ephemeral.is_empty() => Ok((*only).into()),
             _ => {
                 let among = |kind: &str, names: &[&str]| {
-                    if names.is_empty() { String::new() } else { format!(" or one of the {kind} containers: [{}]", names.join(" ")) }
+                    if names.is_empty() {
+                        String::new()
+                    } else {
+                        format!(" or one of the {kind} containers: [{}]", names.join(" "))
+                    }
                 };
-                let why = format!("a container name must be specified for pod {of_pod}, choose one of: [{}]{}{}",
+                let why = format!(
+                    "a container name must be specified for pod {of_pod}, choose one of: [{}]{}{}",
                     main.join(" "),
                     among("init", &init),
                     among("ephemeral", &ephemeral)
@@ -223,9 +245,20 @@ fn container(pod: &Value, named: Option<&str>) -> Result<String, Status> {
 }
 
 /// The kubelet's path and query for a subresource.
-fn translate(subresource: &str, namespace: &str, pod: &str, container: &str, query: &Query) -> Result<(String, String), Status> {
+fn translate(
+    subresource: &str,
+    namespace: &str,
+    pod: &str,
+    container: &str,
+    query: &Query,
+) -> Result<(String, String), Status> {
     let mut out = form_urlencoded::Serializer::new(String::new());
-    let segment = |text: &str| percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string().replace("%2D", "-").replace("%2E", ".");
+    let segment = |text: &str| {
+        percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC)
+            .to_string()
+            .replace("%2D", "-")
+            .replace("%2E", ".")
+    };
     let place = format!("{}/{}", segment(namespace), segment(pod));
     let path = match subresource {
         "log" => {
@@ -258,7 +291,8 @@ fn translate(subresource: &str, namespace: &str, pod: &str, container: &str, que
 }
 
 fn is_upgrade(headers: &HeaderMap) -> bool {
-    let wants = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    let wants =
+        headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
     wants.map(str::trim).any(|token| token.eq_ignore_ascii_case("upgrade")) && headers.contains_key(UPGRADE)
 }
 
@@ -268,14 +302,20 @@ fn unreachable(endpoint: &Endpoint, why: impl std::fmt::Display) -> Status {
 
 async fn dial(server: &Server, endpoint: &Endpoint) -> Result<http1::SendRequest<Body>, Status> {
     let connect = async {
-        let tcp = TcpStream::connect((endpoint.host.as_str(), endpoint.port)).await.map_err(|error| unreachable(endpoint, error))?;
+        let tcp = TcpStream::connect((endpoint.host.as_str(), endpoint.port))
+            .await
+            .map_err(|error| unreachable(endpoint, error))?;
         tcp.set_nodelay(true).map_err(|error| unreachable(endpoint, error))?;
         let name = match endpoint.host.parse::<IpAddr>() {
             Ok(address) => ServerName::from(address),
             Err(_) => ServerName::try_from(endpoint.host.clone()).map_err(|error| unreachable(endpoint, error))?,
         };
-        let tls = TlsConnector::from(server.kubelets.tls_for(endpoint)).connect(name, tcp).await.map_err(|error| unreachable(endpoint, error))?;
-        let (sender, connection) = http1::handshake(TokioIo::new(tls)).await.map_err(|error| unreachable(endpoint, error))?;
+        let tls = TlsConnector::from(server.kubelets.tls_for(endpoint))
+            .connect(name, tcp)
+            .await
+            .map_err(|error| unreachable(endpoint, error))?;
+        let (sender, connection) =
+            http1::handshake(TokioIo::new(tls)).await.map_err(|error| unreachable(endpoint, error))?;
         tokio::spawn(async move {
             if let Err(error) = connection.with_upgrades().await {
                 tracing::debug!(%error, "a connection to a kubelet ended");
@@ -286,7 +326,11 @@ async fn dial(server: &Server, endpoint: &Endpoint) -> Result<http1::SendRequest
     timeout(DIAL, connect).await.unwrap_or_else(|_| Err(unreachable(endpoint, "it didn't answer in time")))
 }
 
-async fn ask(server: &Server, endpoint: &Endpoint, request: Request<Body>) -> Result<Response<hyper::body::Incoming>, Status> {
+async fn ask(
+    server: &Server,
+    endpoint: &Endpoint,
+    request: Request<Body>,
+) -> Result<Response<hyper::body::Incoming>, Status> {
     let mut sender = dial(server, endpoint).await?;
     let answer = timeout(HEAD, sender.send_request(request)).await;
     answer.map_err(|_| unreachable(endpoint, "it didn't answer in time"))?.map_err(|error| unreachable(endpoint, error))
@@ -337,11 +381,20 @@ async fn short_text(body: hyper::body::Incoming) -> String {
 
 /// Headers that concern one connection only, or the client's credentials.
 fn passes(name: &HeaderName) -> bool {
-    *name != HOST && *name != AUTHORIZATION && !name.as_str().starts_with("impersonate-") && *name != http::header::CONTENT_LENGTH
+    *name != HOST
+        && *name != AUTHORIZATION
+        && !name.as_str().starts_with("impersonate-")
+        && *name != http::header::CONTENT_LENGTH
 }
 
 /// Passes an upgraded connection through, untouched.
-async fn stream(server: &Server, endpoint: &Endpoint, path: &str, parameters: &str, mut request: Request<Body>) -> Result<Response<Body>, Status> {
+async fn stream(
+    server: &Server,
+    endpoint: &Endpoint,
+    path: &str,
+    parameters: &str,
+    mut request: Request<Body>,
+) -> Result<Response<Body>, Status> {
     if request.extensions().get::<OnUpgrade>().is_none() {
         return Err(Status::bad_request("streaming needs an HTTP/1.1 connection that can be upgraded"));
     }
@@ -362,7 +415,9 @@ async fn stream(server: &Server, endpoint: &Endpoint, path: &str, parameters: &s
     let mut answer = Response::new(Body::empty());
     *answer.status_mut() = response.status();
     for (name, value) in response.headers() {
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS || (*name != CONNECTION && *name != http::header::TRANSFER_ENCODING) {
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS
+            || (*name != CONNECTION && *name != http::header::TRANSFER_ENCODING)
+        {
             answer.headers_mut().append(name.clone(), value.clone());
         }
     }
@@ -376,7 +431,9 @@ async fn stream(server: &Server, endpoint: &Endpoint, path: &str, parameters: &s
         match tokio::try_join!(client, kubelet) {
             Ok((client, kubelet)) => {
                 let (mut client, mut kubelet) = (TokioIo::new(client), TokioIo::new(kubelet));
-                if let Err(error) = tokio::io::copy_bidirectional_with_sizes(&mut client, &mut kubelet, COPY, COPY).await {
+                if let Err(error) =
+                    tokio::io::copy_bidirectional_with_sizes(&mut client, &mut kubelet, COPY, COPY).await
+                {
                     tracing::debug!(%error, "a stream ended");
                 }
             }
@@ -399,7 +456,8 @@ fn without_v5(headers: &mut HeaderMap) -> Result<(), Status> {
     if offered.is_empty() {
         return Ok(());
     }
-    let kept: Vec<String> = offered.into_iter().filter(|one| !one.starts_with("v5.") && !one.starts_with("SPDY/3.1+")).collect();
+    let kept: Vec<String> =
+        offered.into_iter().filter(|one| !one.starts_with("v5.") && !one.starts_with("SPDY/3.1+")).collect();
     if kept.is_empty() {
         return Err(Status::bad_request("the node's kubelet does not speak this WebSocket subprotocol; use SPDY"));
     }
@@ -409,7 +467,11 @@ fn without_v5(headers: &mut HeaderMap) -> Result<(), Status> {
 }
 
 /// `nodes/NAME/proxy/…`: the kubelet's own paths, for administrators.
-pub(crate) async fn node(server: &Arc<Server>, target: &Target, request: Request<Body>) -> Result<Response<Body>, Status> {
+pub(crate) async fn node(
+    server: &Arc<Server>,
+    target: &Target,
+    request: Request<Body>,
+) -> Result<Response<Body>, Status> {
     let endpoint = node_endpoint(server, target.name.as_deref().unwrap_or_default())?;
     let path = format!("/{}", target.rest);
     let parameters = request.uri().query().unwrap_or_default().to_owned();
@@ -441,12 +503,16 @@ mod tests {
 
     #[test]
     fn translates_queries_for_the_kubelet() {
-        let query = Query::parse(Some("container=vm&stdin=true&stdout=true&tty=false&command=sh&command=-c&command=echo+hi"));
+        let query =
+            Query::parse(Some("container=vm&stdin=true&stdout=true&tty=false&command=sh&command=-c&command=echo+hi"));
         let (path, parameters) = translate("exec", "t", "p-1.x", "vm", &query).unwrap();
         assert_eq!(path, "/exec/t/p-1.x/vm");
         assert_eq!(parameters, "input=1&output=1&command=sh&command=-c&command=echo+hi");
         let query = Query::parse(Some("container=vm&follow=true&tailLines=0"));
-        assert_eq!(translate("log", "t", "p", "vm", &query).unwrap(), ("/containerLogs/t/p/vm".into(), "follow=true&tailLines=0".into()));
+        assert_eq!(
+            translate("log", "t", "p", "vm", &query).unwrap(),
+            ("/containerLogs/t/p/vm".into(), "follow=true&tailLines=0".into())
+        );
         assert_eq!(translate("portforward", "t", "../x", "", &Query::default()).unwrap().0, "/portForward/t/..%2Fx");
         assert_eq!(translate("exec", "t", "p", "c", &Query::parse(Some("stdin=maybe"))).unwrap_err().code, 400);
     }
@@ -471,7 +537,10 @@ mod tests {
             "daemonEndpoints": { "kubeletEndpoint": { "Port": 12345 } },
             "nodeInfo": { "kubeletVersion": "v1.36.0" },
         } });
-        assert_eq!(endpoint(&node).unwrap(), Endpoint { host: "127.0.0.1".into(), port: 12345, websocket_v5: false, pin: None });
+        assert_eq!(
+            endpoint(&node).unwrap(),
+            Endpoint { host: "127.0.0.1".into(), port: 12345, websocket_v5: false, pin: None }
+        );
         node["status"]["declaredFeatures"] = json!([DIRECT_WEBSOCKETS]);
         assert!(endpoint(&node).unwrap().websocket_v5);
         assert_eq!(endpoint(&json!({ "status": {} })), None);

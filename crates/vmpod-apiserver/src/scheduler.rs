@@ -226,7 +226,13 @@ async fn write(server: Arc<Server>, key: Key, decision: Decision) -> Option<Stri
                     let meta = &pod["metadata"];
                     let text = |field: &str| meta[field].as_str().unwrap_or_default();
                     let message = format!("Successfully assigned {}/{} to {node}", text("namespace"), text("name"));
-                    let note = Note { component: NAME, kind: "Normal", reason: "Scheduled", action: "Binding", message: &message };
+                    let note = Note {
+                        component: NAME,
+                        kind: "Normal",
+                        reason: "Scheduled",
+                        action: "Binding",
+                        message: &message,
+                    };
                     events::about_pod(&server, &pod, note).await;
                 });
                 None
@@ -241,8 +247,13 @@ async fn write(server: Arc<Server>, key: Key, decision: Decision) -> Option<Stri
         Decision::Refuse { uid, why } => {
             match refuse(&server, &key, &uid, &why).await {
                 Ok(pod) => {
-                    let note =
-                        Note { component: NAME, kind: "Warning", reason: "FailedScheduling", action: "Scheduling", message: &why };
+                    let note = Note {
+                        component: NAME,
+                        kind: "Warning",
+                        reason: "FailedScheduling",
+                        action: "Scheduling",
+                        message: &why,
+                    };
                     events::about_pod(&server, &pod, note).await;
                 }
                 Err(status) if status.code == 404 => {}
@@ -271,12 +282,14 @@ async fn bind(server: &Server, key: &Key, uid: &str, node: &str) -> Result<Value
         user: "system:kube-scheduler",
         groups: &[],
         apply: false,
-            patch: false,
+        patch: false,
     };
     let pods = server.resource_of("v1", "Pod").ok_or_else(Status::no_route)?;
     let outcome = server
         .store
-        .mutate(key, None, |old, _| kinds::bind(&pods, &same_pod(old, uid)?.value(), &binding, &context).map(Change::Put))
+        .mutate(key, None, |old, _| {
+            kinds::bind(&pods, &same_pod(old, uid)?.value(), &binding, &context).map(Change::Put)
+        })
         .await?;
     Ok(outcome.object.value())
 }

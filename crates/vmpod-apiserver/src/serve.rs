@@ -64,7 +64,10 @@ impl std::fmt::Debug for Listener {
 
 /// The names that a serving certificate is made for.
 fn names(address: SocketAddr, extra: &[String]) -> Vec<String> {
-    let mut names: Vec<String> = ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "127.0.0.1", "::1"].map(Into::into).into();
+    let mut names: Vec<String> =
+        ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc", "127.0.0.1", "::1"]
+            .map(Into::into)
+            .into();
     if !address.ip().is_unspecified() {
         names.push(address.ip().to_string());
     }
@@ -76,13 +79,22 @@ fn names(address: SocketAddr, extra: &[String]) -> Vec<String> {
 
 impl Listener {
     /// Binds the address and reads or makes the certificate.
-    pub(crate) fn bind(tcp: std::net::TcpListener, address: SocketAddr, pki: &Pki, extra: &[String]) -> Result<Self, PkiError> {
+    pub(crate) fn bind(
+        tcp: std::net::TcpListener,
+        address: SocketAddr,
+        pki: &Pki,
+        extra: &[String],
+    ) -> Result<Self, PkiError> {
         let names = names(address, extra);
-        let serving = Arc::new(Serving { current: RwLock::new(certified(&pki.kept_serving("serving", "kube-apiserver", &names)?)?) });
+        let serving = Arc::new(Serving {
+            current: RwLock::new(certified(&pki.kept_serving("serving", "kube-apiserver", &names)?)?),
+        });
         let unusable = || PkiError::Content { what: "authority for client certificates", path: "ca.crt".into() };
         let provider = Arc::new(rustls::crypto::ring::default_provider());
         let mut roots = rustls::RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(pki.ca_pem().as_bytes()).map_err(|_| unusable())?).map_err(|_| unusable())?;
+        roots
+            .add(CertificateDer::from_pem_slice(pki.ca_pem().as_bytes()).map_err(|_| unusable())?)
+            .map_err(|_| unusable())?;
         let clients = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
             .allow_unauthenticated()
             .build()
@@ -143,16 +155,24 @@ impl Listener {
     }
 }
 
-async fn serve_one(tcp: tokio::net::TcpStream, acceptor: TlsAcceptor, router: Router, stop: CancellationToken) -> Result<(), String> {
+async fn serve_one(
+    tcp: tokio::net::TcpStream,
+    acceptor: TlsAcceptor,
+    router: Router,
+    stop: CancellationToken,
+) -> Result<(), String> {
     tcp.set_nodelay(true).map_err(|error| error.to_string())?;
-    let tls = tokio::time::timeout(PATIENCE, acceptor.accept(tcp)).await.map_err(|_| "the TLS handshake took too long")?;
+    let tls =
+        tokio::time::timeout(PATIENCE, acceptor.accept(tcp)).await.map_err(|_| "the TLS handshake took too long")?;
     let tls = tls.map_err(|error| error.to_string())?;
     // rustls has verified the certificate against our authority.
     let certificate = tls.get_ref().1.peer_certificates().and_then(|chain| chain.first());
     let identity = certificate.and_then(|der| {
         let (user, groups) = pki::subject(der)?;
         let mut identity = Identity::new(user, groups);
-        identity.extra.insert("authentication.kubernetes.io/credential-id".into(), vec![format!("X509SHA256={}", digest(der))]);
+        identity
+            .extra
+            .insert("authentication.kubernetes.io/credential-id".into(), vec![format!("X509SHA256={}", digest(der))]);
         Some(identity)
     });
     let router = match identity {

@@ -66,7 +66,11 @@ impl Server {
 
     /// A served, stored kind with this storage name.
     pub(crate) fn resource_stored_as(&self, storage: &str) -> Option<Arc<Resource>> {
-        self.registry().resources().iter().find(|resource| resource.stored && storage_name(resource) == storage).cloned()
+        self.registry()
+            .resources()
+            .iter()
+            .find(|resource| resource.stored && storage_name(resource) == storage)
+            .cloned()
     }
 
     pub(crate) fn pod(&self, namespace: &str, name: &str) -> Option<Arc<Object>> {

@@ -217,7 +217,12 @@ impl Store {
     }
 
     /// All events after `revision`, then all later ones, of one resource (or all) in one namespace (or all).
-    pub(crate) fn watch(&self, resource: Option<&str>, namespace: Option<&str>, revision: u64) -> Result<Feed, Expired> {
+    pub(crate) fn watch(
+        &self,
+        resource: Option<&str>,
+        namespace: Option<&str>,
+        revision: u64,
+    ) -> Result<Feed, Expired> {
         self.shared().visible.write().unwrap_or_else(PoisonError::into_inner).watch(resource, namespace, revision)
     }
 

@@ -7,7 +7,6 @@ pub(crate) fn seconds(at: Timestamp) -> String {
     at.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,7 +7,9 @@ use std::time::Duration;
 use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node, Pod, Secret, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, PropagationPolicy, WatchEvent, WatchParams};
+use kube::api::{
+    Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, PropagationPolicy, WatchEvent, WatchParams,
+};
 use kube::core::params::Preconditions;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, ResourceExt as _};
@@ -97,10 +99,15 @@ async fn creates_reads_patches_and_deletes() {
     let created = maps.create(&PostParams::default(), &config_map("a", "1")).await.unwrap();
     assert!(created.uid().is_some() && created.resource_version().is_some());
     assert_eq!(code(maps.create(&PostParams::default(), &config_map("a", "1")).await.unwrap_err()), 409);
-    let patched = maps.patch("a", &PatchParams::default(), &Patch::Merge(json!({ "data": { "k": "2" } }))).await.unwrap();
+    let patched =
+        maps.patch("a", &PatchParams::default(), &Patch::Merge(json!({ "data": { "k": "2" } }))).await.unwrap();
     assert_eq!(patched.data.unwrap()["k"], "2");
     let applied = maps
-        .patch("b", &PatchParams::apply("me"), &Patch::Apply(json!({ "apiVersion": "v1", "kind": "ConfigMap", "data": { "x": "y" } })))
+        .patch(
+            "b",
+            &PatchParams::apply("me"),
+            &Patch::Apply(json!({ "apiVersion": "v1", "kind": "ConfigMap", "data": { "x": "y" } })),
+        )
         .await
         .unwrap();
     assert_eq!(applied.managed_fields()[0].manager.as_deref(), Some("me"));
@@ -162,7 +169,13 @@ async fn feeds_a_reflector_with_either_way_of_listing() {
         }
         names.sort();
         assert_eq!(names, ["a", "kube-root-ca.crt"]);
-        maps.patch("a", &PatchParams::default(), &Patch::Merge(json!({ "data": { "n": names.len().to_string(), "t": uuid() } }))).await.unwrap();
+        maps.patch(
+            "a",
+            &PatchParams::default(),
+            &Patch::Merge(json!({ "data": { "n": names.len().to_string(), "t": uuid() } })),
+        )
+        .await
+        .unwrap();
         let next = tokio::time::timeout(Duration::from_secs(5), stream.next()).await.unwrap().unwrap().unwrap();
         assert_eq!(next.name_any(), "a");
     }
@@ -195,11 +208,20 @@ async fn schedules_pods_says_why_not_and_deletes_them_gracefully() {
     assert_eq!(message, "0/1 nodes are available: 1 Insufficient cpu.");
     let events: Api<Event> = Api::default_namespaced(world.client.clone());
     let reasons = until("events", || async {
-        let reasons: Vec<String> = events.list(&ListParams::default()).await.unwrap().items.into_iter().filter_map(|event| event.reason).collect();
+        let reasons: Vec<String> = events
+            .list(&ListParams::default())
+            .await
+            .unwrap()
+            .items
+            .into_iter()
+            .filter_map(|event| event.reason)
+            .collect();
         (reasons.len() >= 3).then_some(reasons)
     })
     .await;
-    assert!(reasons.iter().any(|reason| reason == "FailedScheduling") && reasons.iter().any(|reason| reason == "Scheduled"));
+    assert!(
+        reasons.iter().any(|reason| reason == "FailedScheduling") && reasons.iter().any(|reason| reason == "Scheduled")
+    );
     // A bound pod waits for its kubelet, an unassigned one is gone at once.
     let deleted = pods.delete("early", &DeleteParams::default()).await.unwrap();
     let marked = deleted.left().unwrap();
@@ -241,7 +263,8 @@ async fn collects_what_has_no_owner_left() {
             .await;
             assert_eq!(left.name_any(), "owned");
         } else {
-            until("the dependent's end", || async { maps.get_opt("owned").await.unwrap().is_none().then_some(()) }).await;
+            until("the dependent's end", || async { maps.get_opt("owned").await.unwrap().is_none().then_some(()) })
+                .await;
         }
     }
 }
@@ -250,7 +273,10 @@ async fn collects_what_has_no_owner_left() {
 async fn provisions_and_empties_namespaces() {
     let world = world().await;
     let namespaces: Api<Namespace> = Api::all(world.client.clone());
-    let named = |name: &str| Namespace { metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() }, ..Namespace::default() };
+    let named = |name: &str| Namespace {
+        metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
+        ..Namespace::default()
+    };
     namespaces.create(&PostParams::default(), &named("t")).await.unwrap();
     let accounts: Api<ServiceAccount> = Api::namespaced(world.client.clone(), "t");
     assert_eq!(accounts.get("default").await.unwrap().name_any(), "default");
@@ -260,12 +286,12 @@ async fn provisions_and_empties_namespaces() {
     held.metadata.finalizers = Some(vec!["vmpod.dev/hold".into()]);
     maps.create(&PostParams::default(), &held).await.unwrap();
     namespaces.delete("t", &DeleteParams::default()).await.unwrap();
-    until("the finalizer's turn", || async {
-        maps.get("held").await.unwrap().metadata.deletion_timestamp.map(|_| ())
-    })
-    .await;
+    until("the finalizer's turn", || async { maps.get("held").await.unwrap().metadata.deletion_timestamp.map(|_| ()) })
+        .await;
     assert_eq!(code(maps.create(&PostParams::default(), &config_map("late", "1")).await.unwrap_err()), 403);
-    maps.patch("held", &PatchParams::default(), &Patch::Merge(json!({ "metadata": { "finalizers": null } }))).await.unwrap();
+    maps.patch("held", &PatchParams::default(), &Patch::Merge(json!({ "metadata": { "finalizers": null } })))
+        .await
+        .unwrap();
     until("the namespace's end", || async { namespaces.get_opt("t").await.unwrap().is_none().then_some(()) }).await;
     assert_eq!(code(maps.create(&PostParams::default(), &config_map("later", "1")).await.unwrap_err()), 404);
     assert_eq!(code(namespaces.delete("default", &DeleteParams::default()).await.unwrap_err()), 403);
@@ -279,18 +305,26 @@ async fn nodes_may_do_their_work_and_nothing_else() {
     let nodes: Api<Node> = Api::all(me.clone());
     nodes.create(&PostParams::default(), &node("n1")).await.unwrap();
     assert_eq!(code(nodes.create(&PostParams::default(), &node("n2")).await.unwrap_err()), 403);
-    let status = Patch::Strategic(json!({ "status": { "addresses": [{ "type": "InternalIP", "address": "127.0.0.1" }] } }));
+    let status =
+        Patch::Strategic(json!({ "status": { "addresses": [{ "type": "InternalIP", "address": "127.0.0.1" }] } }));
     nodes.patch_status("n1", &PatchParams::default(), &status).await.unwrap();
     let secrets: Api<Secret> = Api::default_namespaced(admin.clone());
     for name in ["used", "other"] {
         secrets
-            .create(&PostParams::default(), &Secret { metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() }, ..Secret::default() })
+            .create(
+                &PostParams::default(),
+                &Secret {
+                    metadata: ObjectMeta { name: Some(name.into()), ..ObjectMeta::default() },
+                    ..Secret::default()
+                },
+            )
             .await
             .unwrap();
     }
     let mut mine = pod("mine", "1");
     if let Some(spec) = mine.spec.as_mut() {
-        spec.volumes = Some(vec![serde_json::from_value(json!({ "name": "s", "secret": { "secretName": "used" } })).unwrap()]);
+        spec.volumes =
+            Some(vec![serde_json::from_value(json!({ "name": "s", "secret": { "secretName": "used" } })).unwrap()]);
     }
     let pods: Api<Pod> = Api::default_namespaced(admin.clone());
     pods.create(&PostParams::default(), &mine).await.unwrap();

@@ -26,7 +26,13 @@ async fn open(listen: bool) -> (tempfile::TempDir, ApiServer) {
     (dir, ApiServer::open(options).await.unwrap())
 }
 
-async fn ask(server: &ApiServer, method: Method, path: &str, content_type: &str, body: impl Into<Body>) -> (StatusCode, Value) {
+async fn ask(
+    server: &ApiServer,
+    method: Method,
+    path: &str,
+    content_type: &str,
+    body: impl Into<Body>,
+) -> (StatusCode, Value) {
     let mut request = Request::new(body.into());
     *request.method_mut() = method;
     *request.uri_mut() = path.parse().unwrap();
@@ -44,8 +50,15 @@ async fn nonsense_is_refused_with_a_reason() {
     const MAPS: &str = "/api/v1/namespaces/default/configmaps";
     const JSON: &str = "application/json";
     let (_dir, server) = open(false).await;
-    let deep = format!("{{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"metadata\":{}1{}}}", "{\"a\":".repeat(5000), "}".repeat(5000));
-    let large = format!("{{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"metadata\":{{\"name\":\"x\"}},\"data\":{{\"a\":\"{}\"}}}}", "x".repeat(4 << 20));
+    let deep = format!(
+        "{{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"metadata\":{}1{}}}",
+        "{\"a\":".repeat(5000),
+        "}".repeat(5000)
+    );
+    let large = format!(
+        "{{\"apiVersion\":\"v1\",\"kind\":\"ConfigMap\",\"metadata\":{{\"name\":\"x\"}},\"data\":{{\"a\":\"{}\"}}}}",
+        "x".repeat(4 << 20)
+    );
     let bodies: Vec<(&str, Vec<u8>, u16)> = vec![
         (JSON, b"".to_vec(), 400),
         (JSON, b"{".to_vec(), 400),
@@ -87,7 +100,8 @@ async fn nonsense_is_refused_with_a_reason() {
     }
     let (found, _) = ask(&server, Method::PATCH, &format!("{MAPS}/kube-root-ca.crt"), JSON, "{}").await;
     assert_eq!(found.as_u16(), 415);
-    let (found, _) = ask(&server, Method::PATCH, &format!("{MAPS}/kube-root-ca.crt"), "application/json-patch+json", "{}").await;
+    let (found, _) =
+        ask(&server, Method::PATCH, &format!("{MAPS}/kube-root-ca.crt"), "application/json-patch+json", "{}").await;
     assert_eq!(found.as_u16(), 400);
 }
 
@@ -107,7 +121,8 @@ async fn serves_tls_to_those_it_knows_and_stops() {
         async move { server.serve(stop).await }
     });
     let namespaces: Api<Namespace> = Api::all(client(&server, &Identity::admin()).await);
-    let names: Vec<String> = namespaces.list(&ListParams::default()).await.unwrap().iter().map(ResourceExt::name_any).collect();
+    let names: Vec<String> =
+        namespaces.list(&ListParams::default()).await.unwrap().iter().map(ResourceExt::name_any).collect();
     assert_eq!(names, ["default", "kube-node-lease", "kube-public", "kube-system"]);
     let maps: Api<ConfigMap> = Api::default_namespaced(client(&server, &Identity::node("n1")).await);
     match maps.list(&ListParams::default()).await.unwrap_err() {
@@ -130,12 +145,17 @@ async fn kubelet(server: &ApiServer, authority: &ApiServer) -> (u16, String) {
     let hash: String = {
         use sha2::Digest as _;
         let leaf = CertificateDer::from_pem_slice(issued.cert_pem.as_bytes()).unwrap();
-        sha2::Sha256::digest(&leaf).iter().flat_map(|byte| [byte >> 4, byte & 15]).filter_map(|digit| char::from_digit(digit.into(), 16)).collect()
+        sha2::Sha256::digest(&leaf)
+            .iter()
+            .flat_map(|byte| [byte >> 4, byte & 15])
+            .filter_map(|digit| char::from_digit(digit.into(), 16))
+            .collect()
     };
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let mut roots = rustls::RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(server.pki().ca_pem().as_bytes()).unwrap()).unwrap();
-    let callers = rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
+    let callers =
+        rustls::server::WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build().unwrap();
     let tls = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()

@@ -37,14 +37,19 @@ const PUBLIC: [&str; 5] = ["/healthz", "/livez", "/readyz", "/version", "/openid
 /// May `identity` ask for a path that is no resource?
 pub(crate) fn path(identity: &Identity, method: &Method, path: &str) -> Result<(), Status> {
     let verb = method.as_str().to_ascii_lowercase();
-    if path_allowed(identity, &verb, path) { Ok(()) } else { Err(refusal(identity, || Status::forbidden_path(&identity.user, &verb, path))) }
+    if path_allowed(identity, &verb, path) {
+        Ok(())
+    } else {
+        Err(refusal(identity, || Status::forbidden_path(&identity.user, &verb, path)))
+    }
 }
 
 pub(crate) fn path_allowed(identity: &Identity, verb: &str, path: &str) -> bool {
     let reads = matches!(verb, "get" | "head");
     let under = |root: &str| path == root || path.strip_prefix(root).is_some_and(|rest| rest.starts_with('/'));
     let public = reads && PUBLIC.iter().any(|root| under(root));
-    let discovery = reads && ["/api", "/apis", "/openapi", "/.well-known/openid-configuration"].iter().any(|root| under(root));
+    let discovery =
+        reads && ["/api", "/apis", "/openapi", "/.well-known/openid-configuration"].iter().any(|root| under(root));
     public || identity.in_group(MASTERS) || (discovery && identity.in_group(AUTHENTICATED))
 }
 

@@ -50,11 +50,14 @@ pub(crate) fn decide(server: &Server, me: &str, ask: &Attributes<'_>) -> Decisio
             "get" | "delete" => allow_if(is_mine(server, me, ask.namespace, ask.name), || no_relationship(me)),
             _ => pass(String::new()),
         },
-        ("", "pods", "status") => allow_if(
-            matches!(ask.verb, "update" | "patch") && is_mine(server, me, ask.namespace, ask.name),
-            || no_relationship(me),
-        ),
-        ("", "pods", "eviction") => allow_if(ask.verb == "create" && is_mine(server, me, ask.namespace, ask.name), || no_relationship(me)),
+        ("", "pods", "status") => {
+            allow_if(matches!(ask.verb, "update" | "patch") && is_mine(server, me, ask.namespace, ask.name), || {
+                no_relationship(me)
+            })
+        }
+        ("", "pods", "eviction") => {
+            allow_if(ask.verb == "create" && is_mine(server, me, ask.namespace, ask.name), || no_relationship(me))
+        }
         ("", "secrets" | "configmaps", "") => {
             let name = match ask.verb {
                 "get" => Some(ask.name),
@@ -65,10 +68,14 @@ pub(crate) fn decide(server: &Server, me: &str, ask: &Attributes<'_>) -> Decisio
             allow_if(known, || no_relationship(me))
         }
         ("", "serviceaccounts", "") => {
-            allow_if(ask.verb == "get" && refers(server, me, ask.namespace, ask.resource, ask.name), || no_relationship(me))
+            allow_if(ask.verb == "get" && refers(server, me, ask.namespace, ask.resource, ask.name), || {
+                no_relationship(me)
+            })
         }
         ("", "serviceaccounts", "token") => {
-            allow_if(ask.verb == "create" && refers(server, me, ask.namespace, ask.resource, ask.name), || no_relationship(me))
+            allow_if(ask.verb == "create" && refers(server, me, ask.namespace, ask.resource, ask.name), || {
+                no_relationship(me)
+            })
         }
         ("coordination.k8s.io", "leases", "") => {
             let verb = matches!(ask.verb, "get" | "create" | "update" | "patch" | "delete");
@@ -78,7 +85,9 @@ pub(crate) fn decide(server: &Server, me: &str, ask: &Attributes<'_>) -> Decisio
                 format!("can only access node lease with the same name as the requesting node in namespace {LEASES}")
             })
         }
-        ("" | "events.k8s.io", "events", "") => allow_if(matches!(ask.verb, "create" | "patch" | "update"), String::new),
+        ("" | "events.k8s.io", "events", "") => {
+            allow_if(matches!(ask.verb, "create" | "patch" | "update"), String::new)
+        }
         ("authentication.k8s.io", "tokenreviews", "")
         | ("authorization.k8s.io", "subjectaccessreviews" | "localsubjectaccessreviews", "") => {
             allow_if(ask.verb == "create", String::new)
@@ -194,7 +203,10 @@ pub(crate) fn admit(
             }
             let labels = |value: &Value| -> BTreeSet<(String, String)> {
                 let map = value["metadata"]["labels"].as_object();
-                map.into_iter().flatten().map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().into())).collect()
+                map.into_iter()
+                    .flatten()
+                    .map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().into()))
+                    .collect()
             };
             let before = old.map(labels).unwrap_or_default();
             let after = labels(new);
@@ -269,10 +281,19 @@ mod tests {
 
     #[test]
     fn restricts_only_kubernetes_labels() {
-        for label in ["site", "example.com/x", "kubernetes.io/os", "node.kubernetes.io/x", "kubelet.kubernetes.io/y", "notkubernetes.io/x"] {
+        for label in [
+            "site",
+            "example.com/x",
+            "kubernetes.io/os",
+            "node.kubernetes.io/x",
+            "kubelet.kubernetes.io/y",
+            "notkubernetes.io/x",
+        ] {
             assert!(label_is_allowed(label), "{label}");
         }
-        for label in ["kubernetes.io/x", "node-role.kubernetes.io/master", "node-restriction.kubernetes.io/z", "x.k8s.io/y"] {
+        for label in
+            ["kubernetes.io/x", "node-role.kubernetes.io/master", "node-restriction.kubernetes.io/z", "x.k8s.io/y"]
+        {
             assert!(!label_is_allowed(label), "{label}");
         }
     }

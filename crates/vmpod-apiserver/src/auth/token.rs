@@ -6,7 +6,9 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jiff::Timestamp;
 use ring::rand::SystemRandom;
-use ring::signature::{ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _, UnparsedPublicKey};
+use ring::signature::{
+    ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _, UnparsedPublicKey,
+};
 use rustls_pki_types::PrivateKeyDer;
 use rustls_pki_types::pem::PemObject as _;
 use serde::{Deserialize, Serialize};
@@ -83,7 +85,8 @@ impl Signer {
         let unusable = || PkiError::Content { what: "private key", path: path.into() };
         let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| unusable())?;
         let random = SystemRandom::new();
-        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, key.secret_der(), &random).map_err(|_| unusable())?;
+        let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_FIXED_SIGNING, key.secret_der(), &random)
+            .map_err(|_| unusable())?;
         let digest = ring::digest::digest(&ring::digest::SHA256, pair.public_key().as_ref());
         Ok(Self { key_id: URL_SAFE_NO_PAD.encode(digest), pair, random })
     }
@@ -166,9 +169,8 @@ mod tests {
         assert_eq!(signer.verify(&token, at(900)), None);
         let (text, signature) = token.rsplit_once('.').unwrap();
         let (head, body) = text.split_once('.').unwrap();
-        let forged = URL_SAFE_NO_PAD.encode(
-            serde_json::to_vec(&Claims { sub: "system:serviceaccount:t:other".into(), ..claims() }).unwrap(),
-        );
+        let forged = URL_SAFE_NO_PAD
+            .encode(serde_json::to_vec(&Claims { sub: "system:serviceaccount:t:other".into(), ..claims() }).unwrap());
         assert_eq!(signer.verify(&format!("{head}.{forged}.{signature}"), at(1500)), None);
         let none = URL_SAFE_NO_PAD.encode(br#"{"alg":"none"}"#);
         assert_eq!(signer.verify(&format!("{none}.{body}."), at(1500)), None);

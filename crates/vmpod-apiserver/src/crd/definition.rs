@@ -111,7 +111,11 @@ fn versions(spec: &Value, causes: &mut Vec<Cause>) {
                     "object" => {}
                     "" => causes.push(Cause::required(format!("{path}.type"), "must not be empty at the root")),
                     other => {
-                        causes.push(Cause::invalid(format!("{path}.type"), &other.into(), "must be object at the root"));
+                        causes.push(Cause::invalid(
+                            format!("{path}.type"),
+                            &other.into(),
+                            "must be object at the root",
+                        ));
                     }
                 }
                 structural(schema, &path, true, causes);

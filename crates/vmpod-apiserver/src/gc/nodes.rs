@@ -75,7 +75,9 @@ async fn delete_pods(server: &Server, node: &str) {
         match delete_object(server, &resource, pod.key(), &options).await {
             Ok(_) => tracing::info!(pod = ?pod.key(), node, "deleted a pod whose node is gone"),
             Err(status) if status.code == 404 || status.code == 409 => {}
-            Err(status) => tracing::warn!(pod = ?pod.key(), error = %status, "a pod whose node is gone can't be deleted"),
+            Err(status) => {
+                tracing::warn!(pod = ?pod.key(), error = %status, "a pod whose node is gone can't be deleted")
+            }
         }
     }
 }

@@ -88,7 +88,13 @@ mod tests {
     use super::*;
 
     fn owner(uid: &str) -> OwnerRef {
-        OwnerRef { api_version: "v1".into(), kind: "ConfigMap".into(), name: "x".into(), uid: uid.into(), blocks: false }
+        OwnerRef {
+            api_version: "v1".into(),
+            kind: "ConfigMap".into(),
+            name: "x".into(),
+            uid: uid.into(),
+            blocks: false,
+        }
     }
 
     #[test]
@@ -96,6 +102,9 @@ mod tests {
         assert_eq!(fate(&[], false), Fate::Keep);
         assert_eq!(fate(&[(owner("a"), Found::Absent)], false), Fate::Delete("Background"));
         assert_eq!(fate(&[(owner("a"), Found::Unknown)], false), Fate::Keep);
-        assert_eq!(fate(&[(owner("a"), Found::Unknown), (owner("b"), Found::Absent)], false), Fate::Disown(vec!["b".into()]));
+        assert_eq!(
+            fate(&[(owner("a"), Found::Unknown), (owner("b"), Found::Absent)], false),
+            Fate::Disown(vec!["b".into()])
+        );
     }
 }

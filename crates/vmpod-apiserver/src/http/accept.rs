@@ -98,7 +98,10 @@ mod tests {
             negotiate(&accept("application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1")).unwrap(),
             Shape::Partial
         );
-        assert_eq!(negotiate(&accept("application/json;as=Nonsense;g=meta.k8s.io;v=v1,application/json")).unwrap(), Shape::Object);
+        assert_eq!(
+            negotiate(&accept("application/json;as=Nonsense;g=meta.k8s.io;v=v1,application/json")).unwrap(),
+            Shape::Object
+        );
         assert_eq!(negotiate(&accept("application/vnd.kubernetes.protobuf")).unwrap_err().code, 406);
         assert_eq!(negotiate(&HeaderMap::new()).unwrap(), Shape::Object);
     }

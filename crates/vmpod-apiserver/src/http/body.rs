@@ -19,7 +19,8 @@ pub(super) async fn read(request: Request<Body>) -> Result<Bytes, Status> {
     let collect = async {
         let mut all = BytesMut::new();
         while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|error| Status::bad_request(format!("the body of the request can't be read: {error}")))?;
+            let frame = frame
+                .map_err(|error| Status::bad_request(format!("the body of the request can't be read: {error}")))?;
             if let Some(data) = frame.data_ref() {
                 if all.len() + data.len() > BODY_LIMIT {
                     return Err(too_large());

@@ -50,7 +50,11 @@ impl Options {
         if let Some(policy) = options["propagationPolicy"].as_str()
             && !matches!(policy, "Background" | "Foreground" | "Orphan")
         {
-            let why = crate::status::Cause::not_supported("propagationPolicy", &policy.into(), &["Foreground", "Background", "Orphan", "nil"]);
+            let why = crate::status::Cause::not_supported(
+                "propagationPolicy",
+                &policy.into(),
+                &["Foreground", "Background", "Orphan", "nil"],
+            );
             return Err(Status::invalid_kind("", "DeleteOptions", "", vec![why]));
         }
         Ok(Self { options, dry_run })
@@ -68,7 +72,12 @@ pub(crate) enum Deleted {
 }
 
 /// Deletes one object as a client would.
-pub(crate) async fn delete_object(server: &Server, resource: &Resource, key: &Key, options: &Options) -> Result<Deleted, Status> {
+pub(crate) async fn delete_object(
+    server: &Server,
+    resource: &Resource,
+    key: &Key,
+    options: &Options,
+) -> Result<Deleted, Status> {
     let now = jiff::Timestamp::now();
     if &*key.resource == "namespaces" && namespaces::is_protected(&key.name) {
         return Err(Status::forbidden(resource, &key.name, "this namespace may not be deleted"));
@@ -107,7 +116,9 @@ pub(super) async fn one(call: &Call, body: &[u8]) -> Result<Response<Body>, Stat
     match delete_object(&call.server, &call.resource, &key, &options).await? {
         Deleted::Gone(object) if !answers_object => Ok(success(object.uid())),
         Deleted::Gone(object) | Deleted::Waiting(object) => respond::object(call, StatusCode::OK, &object),
-        Deleted::Dry(value, true) if !answers_object => Ok(success(value["metadata"]["uid"].as_str().unwrap_or_default())),
+        Deleted::Dry(value, true) if !answers_object => {
+            Ok(success(value["metadata"]["uid"].as_str().unwrap_or_default()))
+        }
         Deleted::Dry(value, _) => respond::value(call, StatusCode::OK, &value),
     }
 }

@@ -31,7 +31,8 @@ pub(super) struct Selection {
 impl Selection {
     pub(super) fn of(call: &Call) -> Result<Self, Status> {
         let labels = call.query.get("labelSelector").map(LabelSelector::parse).transpose()?;
-        let fields = call.query.get("fieldSelector").map(|text| FieldSelector::parse(&call.resource, text)).transpose()?;
+        let fields =
+            call.query.get("fieldSelector").map(|text| FieldSelector::parse(&call.resource, text)).transpose()?;
         let text = call.query.get("fieldSelector").unwrap_or_default();
         let digested = !call.resource.is_custom() || text.split(',').all(|term| term.trim().starts_with("metadata."));
         Ok(Self { labels, fields, digested })
@@ -87,7 +88,9 @@ impl Continue {
             _ => invalid_continue(&format!("illegal base64 data at input byte {}", token.len())),
         })?;
         let parsed: Self = serde_json::from_slice(&bytes).map_err(|error| match bytes.first() {
-            Some(first) if *first != b'{' => invalid_continue(&format!("invalid character {} looking for beginning of value", go_quoted(*first))),
+            Some(first) if *first != b'{' => {
+                invalid_continue(&format!("invalid character {} looking for beginning of value", go_quoted(*first)))
+            }
             Some(_) => invalid_continue(&error.to_string()),
             None => invalid_continue("unexpected end of JSON input"),
         })?;
@@ -140,7 +143,12 @@ pub(super) fn revision(call: &Call) -> Result<Option<u64>, Status> {
         .get("resourceVersion")
         .map(|text| {
             text.parse().map_err(|_| {
-                Status::invalid_kind("meta.k8s.io", "ListOptions", "", vec![Cause::invalid("resourceVersion", &text.into(), "must be a whole number")])
+                Status::invalid_kind(
+                    "meta.k8s.io",
+                    "ListOptions",
+                    "",
+                    vec![Cause::invalid("resourceVersion", &text.into(), "must be a whole number")],
+                )
             })
         })
         .transpose()
@@ -192,7 +200,10 @@ fn listed(call: &Call, token: Option<&Continue>) -> Result<Listed, Status> {
     let exact = |revision| store.list_at(&storage, namespace, revision);
     if let Some(token) = token {
         if call.query.get("resourceVersionMatch").is_some() {
-            return Err(invalid_options("resourceVersionMatch", "resourceVersionMatch is forbidden when continue is provided"));
+            return Err(invalid_options(
+                "resourceVersionMatch",
+                "resourceVersionMatch is forbidden when continue is provided",
+            ));
         }
         return exact(token.rv).map_err(|_| {
             Status::expired(
@@ -208,12 +219,16 @@ fn listed(call: &Call, token: Option<&Continue>) -> Result<Listed, Status> {
     match (call.query.get("resourceVersionMatch"), asked) {
         (None | Some("NotOlderThan"), Some(asked)) if asked > newest => Err(too_large(asked, newest)),
         (None, _) | (Some("NotOlderThan"), Some(_)) => Ok(store.list(&storage, namespace)),
-        (Some("Exact"), Some(0)) => Err(invalid_options("resourceVersionMatch", "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"")),
+        (Some("Exact"), Some(0)) => Err(invalid_options(
+            "resourceVersionMatch",
+            "resourceVersionMatch \"exact\" is forbidden for resourceVersion \"0\"",
+        )),
         (Some("Exact"), Some(asked)) if asked > newest => Err(too_large(asked, newest)),
         (Some("Exact"), Some(asked)) => exact(asked).map_err(too_old),
-        (Some("Exact" | "NotOlderThan"), None) => {
-            Err(invalid_options("resourceVersionMatch", "resourceVersionMatch is forbidden unless resourceVersion is provided"))
-        }
+        (Some("Exact" | "NotOlderThan"), None) => Err(invalid_options(
+            "resourceVersionMatch",
+            "resourceVersionMatch is forbidden unless resourceVersion is provided",
+        )),
         (Some(other), _) => Err(Status::invalid_kind(
             "meta.k8s.io",
             "ListOptions",
@@ -272,7 +287,10 @@ mod tests {
     fn reads_the_real_servers_tokens_and_words_its_errors() {
         let token = Continue::parse("eyJ2IjoibWV0YS5rOHMuaW8vdjEiLCJydiI6MjkyLCJzdGFydCI6Ii9jbTFcdTAwMDAifQ").unwrap();
         assert_eq!((token.rv, token.start.as_str()), (292, "/cm1\0"));
-        assert_eq!(Continue::token(292, "/cm1\0".into()), "eyJ2IjoibWV0YS5rOHMuaW8vdjEiLCJydiI6MjkyLCJzdGFydCI6Ii9jbTFcdTAwMDAifQ");
+        assert_eq!(
+            Continue::token(292, "/cm1\0".into()),
+            "eyJ2IjoibWV0YS5rOHMuaW8vdjEiLCJydiI6MjkyLCJzdGFydCI6Ii9jbTFcdTAwMDAifQ"
+        );
         assert_eq!(
             Continue::parse("garbage").unwrap_err().message,
             "invalid continue token: continue key is not valid: invalid character '\\u0081' looking for beginning of value"

@@ -70,7 +70,10 @@ mod tests {
     fn reads_the_shapes_of_paths() {
         let pod = resource("/api/v1/namespaces/t/pods/p1/log");
         assert_eq!((pod.group.as_str(), pod.version.as_str(), pod.namespace.as_deref()), ("", "v1", Some("t")));
-        assert_eq!((pod.plural.as_str(), pod.name.as_deref(), pod.subresource.as_deref()), ("pods", Some("p1"), Some("log")));
+        assert_eq!(
+            (pod.plural.as_str(), pod.name.as_deref(), pod.subresource.as_deref()),
+            ("pods", Some("p1"), Some("log"))
+        );
         let namespace = resource("/api/v1/namespaces/t/finalize");
         assert_eq!((namespace.plural.as_str(), namespace.name.as_deref()), ("namespaces", Some("t")));
         assert_eq!(namespace.namespace, None);

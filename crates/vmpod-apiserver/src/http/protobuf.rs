@@ -172,7 +172,11 @@ fn value(ty: &str, wire: &Wire<'_>, depth: usize) -> Result<Value, Status> {
         "quantity" => first_text(bytes_of(wire)?)?.into(),
         "strings" => {
             let items = fields(bytes_of(wire)?)?;
-            items.iter().map(|(_, item)| Ok(Value::from(text(bytes_of(item)?)?))).collect::<Result<Vec<_>, Status>>()?.into()
+            items
+                .iter()
+                .map(|(_, item)| Ok(Value::from(text(bytes_of(item)?)?)))
+                .collect::<Result<Vec<_>, Status>>()?
+                .into()
         }
         "time" | "microtime" => time(ty, bytes_of(wire)?)?,
         "intorstring" => int_or_string(bytes_of(wire)?)?,
@@ -336,7 +340,9 @@ mod tests {
     #[test]
     fn reads_what_kubectl_sends() {
         let meta = [field(1, b"s"), field(11, &[field(1, b"a"), field(2, b"b")].concat()), field(8, &[])].concat();
-        let secret = [field(1, &meta), field(2, &[field(1, b"k"), field(2, b"v")].concat()), field(3, b"Opaque"), number(5, 1)].concat();
+        let secret =
+            [field(1, &meta), field(2, &[field(1, b"k"), field(2, b"v")].concat()), field(3, b"Opaque"), number(5, 1)]
+                .concat();
         assert_eq!(
             to_json(&unknown("v1", "Secret", &secret)).unwrap(),
             json!({
@@ -375,7 +381,20 @@ mod tests {
 
     #[test]
     fn every_message_named_is_there() {
-        let known = ["string", "bytes", "bool", "int32", "int64", "double", "json", "quantity", "strings", "time", "microtime", "intorstring"];
+        let known = [
+            "string",
+            "bytes",
+            "bool",
+            "int32",
+            "int64",
+            "double",
+            "json",
+            "quantity",
+            "strings",
+            "time",
+            "microtime",
+            "intorstring",
+        ];
         for (name, message) in MESSAGES.iter() {
             for field in message.values() {
                 assert!(known.contains(&field.ty) || MESSAGES.contains_key(field.ty), "{name}: {}", field.ty);

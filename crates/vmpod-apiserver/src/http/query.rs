@@ -43,7 +43,8 @@ impl Query {
     pub(crate) fn number(&self, name: &str) -> Result<Option<i64>, Status> {
         self.get(name)
             .map(|text| {
-                text.parse().map_err(|_| Status::bad_request(format!("query parameter {name}: {text:?} is not a whole number")))
+                text.parse()
+                    .map_err(|_| Status::bad_request(format!("query parameter {name}: {text:?} is not a whole number")))
             })
             .transpose()
     }
@@ -53,7 +54,9 @@ impl Query {
         match self.get("dryRun") {
             None => Ok(false),
             Some("All") => Ok(true),
-            Some(other) => Err(Status::bad_request(format!("dryRun: Unsupported value: {other:?}: supported values: \"All\""))),
+            Some(other) => {
+                Err(Status::bad_request(format!("dryRun: Unsupported value: {other:?}: supported values: \"All\"")))
+            }
         }
     }
 }

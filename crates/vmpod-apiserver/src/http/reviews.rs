@@ -87,7 +87,9 @@ pub(super) fn review(call: &Call, mut value: Value) -> Result<Response<Body>, St
         "LocalSubjectAccessReview" => {
             let asked = value["spec"]["resourceAttributes"]["namespace"].as_str().unwrap_or_default();
             if Some(asked) != call.target.namespace.as_deref() {
-                return Err(Status::bad_request("must provide the namespace of the request in spec.resourceAttributes.namespace"));
+                return Err(Status::bad_request(
+                    "must provide the namespace of the request in spec.resourceAttributes.namespace",
+                ));
             }
             access(&call.server, &reviewed(&value["spec"])?, &value["spec"])?
         }
@@ -101,7 +103,8 @@ pub(super) fn review(call: &Call, mut value: Value) -> Result<Response<Body>, St
 
 fn token_review(call: &Call, review: &Value) -> Value {
     let token = review["spec"]["token"].as_str().unwrap_or_default();
-    let wanted: Vec<&str> = review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let wanted: Vec<&str> =
+        review["spec"]["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let wanted = if wanted.is_empty() { vec![ISSUER] } else { wanted };
     let found = check(&call.server, token, call.now);
     let shared = |found: &Authenticated| -> Vec<String> {
@@ -199,8 +202,11 @@ const LONGEST: i64 = 366 * 24 * 3600;
 pub(super) fn token_request(call: &Call, request: &Value) -> Result<Response<Body>, Status> {
     let name = call.name()?;
     let namespace = call.target.namespace.as_deref();
-    let account =
-        call.server.store.get(&Key::new("serviceaccounts", namespace, name)).ok_or_else(|| Status::not_found(&call.resource, name))?;
+    let account = call
+        .server
+        .store
+        .get(&Key::new("serviceaccounts", namespace, name))
+        .ok_or_else(|| Status::not_found(&call.resource, name))?;
     let mut answer = request.clone();
     if !answer["metadata"].is_object() {
         answer["metadata"] = json!({});
@@ -220,10 +226,18 @@ pub(super) fn token_request(call: &Call, request: &Value) -> Result<Response<Bod
     }
     let seconds = spec["expirationSeconds"].as_i64().unwrap_or(DEFAULT);
     if seconds < SHORTEST {
-        return Err(invalid(Cause::invalid("spec.expirationSeconds", &seconds.into(), "may not specify a duration less than 10 minutes")));
+        return Err(invalid(Cause::invalid(
+            "spec.expirationSeconds",
+            &seconds.into(),
+            "may not specify a duration less than 10 minutes",
+        )));
     }
     if seconds > 1 << 32 {
-        return Err(invalid(Cause::invalid("spec.expirationSeconds", &seconds.into(), "may not specify a duration larger than 2^32 seconds")));
+        return Err(invalid(Cause::invalid(
+            "spec.expirationSeconds",
+            &seconds.into(),
+            "may not specify a duration larger than 2^32 seconds",
+        )));
     }
     let seconds = seconds.min(LONGEST);
     spec["expirationSeconds"] = seconds.into();
@@ -271,11 +285,19 @@ fn bind_to(call: &Call, wanted: &Value, account: &str, bound: &mut Bound) -> Res
         "Pod" => ("pods", Some(bound.namespace.as_str())),
         "Secret" => ("secrets", Some(bound.namespace.as_str())),
         "Node" => ("nodes", None),
-        other => return Err(Status::bad_request(format!("cannot bind token for serviceaccount {account:?} to object of kind {other:?}"))),
+        other => {
+            return Err(Status::bad_request(format!(
+                "cannot bind token for serviceaccount {account:?} to object of kind {other:?}"
+            )));
+        }
     };
     let registry = call.server.registry();
     let resource = registry.resource("", "v1", plural).ok_or_else(Status::no_route)?;
-    let found = call.server.store.get(&Key::new(plural, namespace, text("name"))).ok_or_else(|| Status::not_found(&resource, text("name")))?;
+    let found = call
+        .server
+        .store
+        .get(&Key::new(plural, namespace, text("name")))
+        .ok_or_else(|| Status::not_found(&resource, text("name")))?;
     if !text("uid").is_empty() && text("uid") != found.uid() {
         let why = format!(
             "the UID in the bound object reference ({}) does not match the UID in record. The object might have been deleted and then recreated",
@@ -292,7 +314,9 @@ fn bind_to(call: &Call, wanted: &Value, account: &str, bound: &mut Bound) -> Res
                     "cannot bind token for serviceaccount {account:?} to pod running with different serviceaccount name."
                 )));
             }
-            let node = digest["spec"]["nodeName"].as_str().and_then(|name| call.server.store.get(&Key::new("nodes", None, name)));
+            let node = digest["spec"]["nodeName"]
+                .as_str()
+                .and_then(|name| call.server.store.get(&Key::new("nodes", None, name)));
             bound.node = node.map(|node| Reference { name: node.key().name.to_string(), uid: node.uid().into() });
             bound.pod = Some(reference);
         }

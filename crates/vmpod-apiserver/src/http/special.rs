@@ -94,7 +94,7 @@ async fn bind(call: &Call, pod: &str, request: Request<Body>) -> Result<Response
         user: &call.identity.user,
         groups: &call.identity.groups,
         apply: false,
-            patch: false,
+        patch: false,
     };
     write::commit(&call.server, &key, None, call.query.dry_run()?, |old, _| {
         let old = old.ok_or_else(|| Status::not_found(&pods, pod))?;
@@ -165,6 +165,6 @@ fn context<'a>(call: &'a Call, manager: &'a str) -> Context<'a> {
         user: &call.identity.user,
         groups: &call.identity.groups,
         apply: false,
-            patch: false,
+        patch: false,
     }
 }

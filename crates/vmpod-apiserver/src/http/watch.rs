@@ -55,7 +55,14 @@ impl Lens {
                 let meta = json!({ "resourceVersion": value["metadata"]["resourceVersion"] });
                 // The columns are told once.
                 let headers = !std::mem::replace(&mut self.headed, true);
-                respond::serialise(&table::render(&self.resource, &[value], self.include, jiff::Timestamp::now(), meta, headers))
+                respond::serialise(&table::render(
+                    &self.resource,
+                    &[value],
+                    self.include,
+                    jiff::Timestamp::now(),
+                    meta,
+                    headers,
+                ))
             }
         };
         encode::event_line(kind, &shaped)
@@ -89,7 +96,10 @@ impl Lens {
             let table = json!({ "kind": "Table", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "columnDefinitions": null, "rows": [] });
             return encode::event_line("BOOKMARK", &respond::serialise(&table));
         }
-        self.line_of_type("BOOKMARK", &json!({ "kind": self.resource.kind, "apiVersion": self.resource.api_version(), "metadata": meta }))
+        self.line_of_type(
+            "BOOKMARK",
+            &json!({ "kind": self.resource.kind, "apiVersion": self.resource.api_version(), "metadata": meta }),
+        )
     }
 
     fn line_of_type(&self, kind: &str, value: &Value) -> Bytes {
@@ -151,11 +161,18 @@ fn plan(call: &Call, lens: Lens) -> Result<Result<Plan, Expired>, Status> {
             ));
         }
         (None, Some(_)) => {
-            return Err(invalid("resourceVersionMatch", "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided"));
+            return Err(invalid(
+                "resourceVersionMatch",
+                "resourceVersionMatch is forbidden for watch unless sendInitialEvents is provided",
+            ));
         }
     }
     let asked = revision(call)?.unwrap_or_default();
-    let seconds = call.query.number("timeoutSeconds")?.and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0);
+    let seconds = call
+        .query
+        .number("timeoutSeconds")?
+        .and_then(|seconds| u64::try_from(seconds).ok())
+        .filter(|seconds| *seconds > 0);
     let life = seconds.map_or(DEFAULT_LIFE, Duration::from_secs).min(Duration::from_hours(24));
     let newest = store.revision();
     if asked > newest && (send_initial == Some(true) || asked == 0) {

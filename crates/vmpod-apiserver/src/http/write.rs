@@ -112,7 +112,8 @@ impl Given {
             None if call.server.store.get(&Key::new("namespaces", None, namespace)).is_none() => {}
             None => {
                 let pod = value["metadata"]["name"].as_str().unwrap_or_default();
-                let why = format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
+                let why =
+                    format!("error looking up service account {namespace}/{name}: serviceaccount {name:?} not found");
                 return Err(Status::forbidden(&call.resource, pod, &why));
             }
         }
@@ -258,7 +259,13 @@ pub(super) async fn replace(
 }
 
 /// What to store when `value` is to replace `before`.
-fn changed(call: &Call, subresource: Option<&str>, before: &Value, value: Value, context: &Context<'_>) -> Result<Change, Status> {
+fn changed(
+    call: &Call,
+    subresource: Option<&str>,
+    before: &Value,
+    value: Value,
+    context: &Context<'_>,
+) -> Result<Change, Status> {
     let after = kinds::update(&call.resource, subresource, before, value, context)?;
     node::admit(&call.server, &call.identity, &call.resource, subresource, Some(before), &after)?;
     if deletion::finished(&call.resource, &after) {
@@ -303,8 +310,16 @@ pub(super) async fn patch(call: &Call, subresource: Option<&str>, body: &[u8]) -
         if before.is_none() && (kind != PatchKind::Apply || subresource.is_some()) {
             return Err(Status::not_found(&call.resource, &key.name));
         }
-        let patched =
-            patch::apply(kind, &call.resource, subresource, before.as_ref(), body, validation, force, &given.context(call, false))?;
+        let patched = patch::apply(
+            kind,
+            &call.resource,
+            subresource,
+            before.as_ref(),
+            body,
+            validation,
+            force,
+            &given.context(call, false),
+        )?;
         warnings.clone_from(&patched.warnings);
         created_now = before.is_none();
         let context = given.context(call, patched.apply);

@@ -66,7 +66,12 @@ fn at_least(to: &mut Amounts, what: &Amounts) {
 }
 
 fn texts(value: &Value) -> BTreeMap<String, String> {
-    value.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned())).collect()
+    value
+        .as_object()
+        .into_iter()
+        .flatten()
+        .map(|(key, value)| (key.clone(), value.as_str().unwrap_or_default().to_owned()))
+        .collect()
 }
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
@@ -156,11 +161,15 @@ impl Offer {
 
     /// Why a pod can't run here, given what is used already; empty when it can.
     fn refusals(&self, wants: &Wants, used: &Amounts) -> Vec<String> {
-        let cordon = Taint { key: "node.kubernetes.io/unschedulable".into(), value: String::new(), effect: "NoSchedule".into() };
+        let cordon =
+            Taint { key: "node.kubernetes.io/unschedulable".into(), value: String::new(), effect: "NoSchedule".into() };
         if self.unschedulable && !wants.tolerates(&cordon) {
             return vec!["node(s) were unschedulable".into()];
         }
-        let blocking = self.taints.iter().find(|taint| matches!(taint.effect.as_str(), "NoSchedule" | "NoExecute") && !wants.tolerates(taint));
+        let blocking = self
+            .taints
+            .iter()
+            .find(|taint| matches!(taint.effect.as_str(), "NoSchedule" | "NoExecute") && !wants.tolerates(taint));
         if let Some(taint) = blocking {
             return vec![format!("node(s) had untolerated taint {{{}: {}}}", taint.key, taint.value)];
         }
@@ -169,8 +178,10 @@ impl Offer {
             return vec!["node(s) didn't match Pod's node affinity/selector".into()];
         }
         let short = |(name, asked): (&String, &i128)| {
-            let free = self.allocatable.get(name).copied().unwrap_or_default() - used.get(name).copied().unwrap_or_default();
-            (*asked > 0 && *asked > free).then(|| if name == "pods" { "Too many pods".into() } else { format!("Insufficient {name}") })
+            let free =
+                self.allocatable.get(name).copied().unwrap_or_default() - used.get(name).copied().unwrap_or_default();
+            (*asked > 0 && *asked > free)
+                .then(|| if name == "pods" { "Too many pods".into() } else { format!("Insufficient {name}") })
         };
         wants.requests.iter().filter_map(short).collect()
     }
@@ -194,7 +205,8 @@ impl Offer {
     fn room(&self, wants: &Wants, used: &Amounts) -> i128 {
         let share = |name: &str| {
             let all = self.allocatable.get(name).copied().unwrap_or_default();
-            let taken = used.get(name).copied().unwrap_or_default() + wants.requests.get(name).copied().unwrap_or_default();
+            let taken =
+                used.get(name).copied().unwrap_or_default() + wants.requests.get(name).copied().unwrap_or_default();
             if all > 0 { (all - taken).saturating_mul(1000) / all } else { 0 }
         };
         share("cpu") + share("memory")
@@ -204,7 +216,8 @@ impl Offer {
 fn matches(expression: &Value, value: Option<&str>) -> bool {
     let values: Vec<&str> = list(&expression["values"]).filter_map(Value::as_str).collect();
     let number = |text: &str| text.parse::<i64>().ok();
-    let compare = |holds: fn(i64, i64) -> bool| match (value.and_then(number), values.first().copied().and_then(number)) {
+    let compare = |holds: fn(i64, i64) -> bool| match (value.and_then(number), values.first().copied().and_then(number))
+    {
         (Some(a), Some(b)) => holds(a, b),
         _ => false,
     };
@@ -294,8 +307,14 @@ mod tests {
         let hosts = [host(&node("a", "4", "8Gi")), host(&node("b", "2", "8Gi"))];
         assert_eq!(choose(&asks("3", "1Gi"), &hosts), Ok("a".into()));
         assert_eq!(choose(&asks("8", "1Gi"), &hosts), Err("0/2 nodes are available: 2 Insufficient cpu.".into()));
-        assert_eq!(choose(&asks("8", "100Gi"), &hosts[..1]), Err("0/1 nodes are available: 1 Insufficient cpu, 1 Insufficient memory.".into()));
-        assert_eq!(choose(&asks("3", "100Gi"), &hosts), Err("0/2 nodes are available: 1 Insufficient cpu, 2 Insufficient memory.".into()));
+        assert_eq!(
+            choose(&asks("8", "100Gi"), &hosts[..1]),
+            Err("0/1 nodes are available: 1 Insufficient cpu, 1 Insufficient memory.".into())
+        );
+        assert_eq!(
+            choose(&asks("3", "100Gi"), &hosts),
+            Err("0/2 nodes are available: 1 Insufficient cpu, 2 Insufficient memory.".into())
+        );
         assert_eq!(choose(&asks("1", "1Gi"), &[]), Err("no nodes available to schedule pods".into()));
     }
 
@@ -319,7 +338,8 @@ mod tests {
         let container = |cpu: &str| json!({ "resources": { "requests": { "cpu": cpu } } });
         let mut sidecar = container("1");
         sidecar["restartPolicy"] = "Always".into();
-        let wants = pod(json!({ "containers": [container("1"), container("1")], "initContainers": [sidecar, container("4")] }));
+        let wants =
+            pod(json!({ "containers": [container("1"), container("1")], "initContainers": [sidecar, container("4")] }));
         assert_eq!(wants.requests["cpu"], 5 * ONE);
     }
 
@@ -333,18 +353,35 @@ mod tests {
         let affinity = |expression: Value| {
             let term = json!({ "matchExpressions": [expression] });
             let required = json!({ "nodeSelectorTerms": [term] });
-            pod(json!({ "containers": [], "affinity": { "nodeAffinity": { "requiredDuringSchedulingIgnoredDuringExecution": required } } }))
+            pod(
+                json!({ "containers": [], "affinity": { "nodeAffinity": { "requiredDuringSchedulingIgnoredDuringExecution": required } } }),
+            )
         };
-        assert_eq!(choose(&affinity(json!({ "key": "rank", "operator": "Gt", "values": ["4"] })), [&host(&value)]), Ok("a".into()));
-        assert_eq!(choose(&affinity(json!({ "key": "rank", "operator": "NotIn", "values": ["5"] })), [&host(&value)]), mismatch);
-        assert_eq!(choose(&affinity(json!({ "key": "x", "operator": "DoesNotExist" })), [&host(&value)]), Ok("a".into()));
+        assert_eq!(
+            choose(&affinity(json!({ "key": "rank", "operator": "Gt", "values": ["4"] })), [&host(&value)]),
+            Ok("a".into())
+        );
+        assert_eq!(
+            choose(&affinity(json!({ "key": "rank", "operator": "NotIn", "values": ["5"] })), [&host(&value)]),
+            mismatch
+        );
+        assert_eq!(
+            choose(&affinity(json!({ "key": "x", "operator": "DoesNotExist" })), [&host(&value)]),
+            Ok("a".into())
+        );
         value["spec"] = json!({ "taints": [{ "key": "k", "value": "v", "effect": "NoSchedule" }] });
         let any = pod(json!({ "containers": [] }));
-        assert_eq!(choose(&any, [&host(&value)]), Err("0/1 nodes are available: 1 node(s) had untolerated taint {k: v}.".into()));
+        assert_eq!(
+            choose(&any, [&host(&value)]),
+            Err("0/1 nodes are available: 1 node(s) had untolerated taint {k: v}.".into())
+        );
         let tolerant = pod(json!({ "containers": [], "tolerations": [{ "key": "k", "operator": "Exists" }] }));
         assert_eq!(choose(&tolerant, [&host(&value)]), Ok("a".into()));
         value["spec"] = json!({ "unschedulable": true });
-        assert_eq!(choose(&tolerant, [&host(&value)]), Err("0/1 nodes are available: 1 node(s) were unschedulable.".into()));
+        assert_eq!(
+            choose(&tolerant, [&host(&value)]),
+            Err("0/1 nodes are available: 1 node(s) were unschedulable.".into())
+        );
         value["spec"] = json!({});
         value["status"]["conditions"] = json!([]);
         assert_eq!(

@@ -83,17 +83,21 @@ fn decode(bytes: &[u8]) -> Option<Key> {
 impl Disk {
     pub(super) fn open(path: &Path) -> Result<(Self, Loaded), OpenError> {
         let fresh = !path.exists();
-        let database = Database::builder().set_cache_size(CACHE).set_check_integrity_on_open(true).create(path).map_err(|error| match error {
-            DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.into() },
-            DatabaseError::UpgradeRequired(found) => {
-                OpenError::Damaged { path: path.into(), what: format!("it has the unknown file format {found}") }
-            }
-            DatabaseError::Storage(StorageError::Corrupted(what)) => OpenError::Damaged { path: path.into(), what },
-            DatabaseError::Storage(StorageError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
-                OpenError::Damaged { path: path.into(), what: error.to_string() }
-            }
-            other => OpenError::Io { path: path.into(), source: Box::new(other.into()) },
-        })?;
+        let database = Database::builder()
+            .set_cache_size(CACHE)
+            .set_check_integrity_on_open(true)
+            .create(path)
+            .map_err(|error| match error {
+                DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.into() },
+                DatabaseError::UpgradeRequired(found) => {
+                    OpenError::Damaged { path: path.into(), what: format!("it has the unknown file format {found}") }
+                }
+                DatabaseError::Storage(StorageError::Corrupted(what)) => OpenError::Damaged { path: path.into(), what },
+                DatabaseError::Storage(StorageError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    OpenError::Damaged { path: path.into(), what: error.to_string() }
+                }
+                other => OpenError::Io { path: path.into(), source: Box::new(other.into()) },
+            })?;
         let disk = Self { database };
         let io = |source: redb::Error| OpenError::Io { path: path.into(), source: Box::new(source) };
         if fresh || disk.format().map_err(io)?.is_none() {

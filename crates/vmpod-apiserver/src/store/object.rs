@@ -134,13 +134,7 @@ fn selectable(resource: &str) -> &'static [&'static [&'static str]] {
         "nodes" => &[&["spec", "unschedulable"]],
         "namespaces" => &[&["status", "phase"]],
         "secrets" => &[&["type"]],
-        "events" => &[
-            &["involvedObject"],
-            &["reason"],
-            &["reportingComponent"],
-            &["source", "component"],
-            &["type"],
-        ],
+        "events" => &[&["involvedObject"], &["reason"], &["reportingComponent"], &["source", "component"], &["type"]],
         "certificatesigningrequests.certificates.k8s.io" => &[&["spec", "signerName"]],
         _ => &[],
     }

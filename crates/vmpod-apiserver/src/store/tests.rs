@@ -16,7 +16,8 @@ fn object(name: &str, data: &str) -> Value {
 }
 
 async fn put(store: &Store, name: &str, data: &str) -> u64 {
-    let outcome: Result<_, StoreError> = store.mutate(&key(name), None, |_, _| Ok(Change::Put(object(name, data)))).await;
+    let outcome: Result<_, StoreError> =
+        store.mutate(&key(name), None, |_, _| Ok(Change::Put(object(name, data)))).await;
     outcome.unwrap().object.revision()
 }
 

@@ -104,7 +104,11 @@ fn within(objects: &Objects, namespace: Option<&str>) -> Vec<Arc<Object>> {
         None => objects.values().cloned().collect(),
         Some(namespace) => {
             let from: (Arc<str>, Arc<str>) = (namespace.into(), "".into());
-            objects.range(from..).take_while(|((at, _), _)| **at == *namespace).map(|(_, object)| object.clone()).collect()
+            objects
+                .range(from..)
+                .take_while(|((at, _), _)| **at == *namespace)
+                .map(|(_, object)| object.clone())
+                .collect()
         }
     }
 }
@@ -171,7 +175,8 @@ impl Visible {
         if revision < self.compacted || revision > self.revision {
             return Err(self.expired(revision));
         }
-        let mut objects: Objects = self.list(resource, namespace).objects.into_iter().map(|o| (place(o.key()), o)).collect();
+        let mut objects: Objects =
+            self.list(resource, namespace).objects.into_iter().map(|o| (place(o.key()), o)).collect();
         for event in self.history.iter().rev().take_while(|event| event.revision > revision) {
             let key = event.object.key();
             if *key.resource != *resource || namespace.is_some_and(|namespace| *key.namespace != *namespace) {
@@ -185,7 +190,12 @@ impl Visible {
         Ok(Listed { revision, objects: objects.into_values().collect() })
     }
 
-    pub(super) fn watch(&mut self, resource: Option<&str>, namespace: Option<&str>, revision: u64) -> Result<Feed, Expired> {
+    pub(super) fn watch(
+        &mut self,
+        resource: Option<&str>,
+        namespace: Option<&str>,
+        revision: u64,
+    ) -> Result<Feed, Expired> {
         if revision < self.compacted {
             return Err(self.expired(revision));
         }
@@ -232,7 +242,11 @@ impl Visible {
             self.history.push_back(event.clone());
             // A full queue means a slow watcher: dropping its sender ends its stream after what it has.
             let deliver = |watcher: &Watcher| {
-                if watcher.wants(event) { watcher.sender.try_send(event.clone()).is_ok() } else { !watcher.sender.is_closed() }
+                if watcher.wants(event) {
+                    watcher.sender.try_send(event.clone()).is_ok()
+                } else {
+                    !watcher.sender.is_closed()
+                }
             };
             if let Some(watchers) = self.watchers.get_mut(&*key.resource) {
                 watchers.retain(deliver);
