@@ -125,6 +125,8 @@ impl Home {
 impl Drop for Home {
     fn drop(&mut self) {
         leaks::kill_all(self.path());
+        // The log beside it; a home that never had an `up` has none.
+        drop(std::fs::remove_file(self.path().with_extension("log")));
     }
 }
 
