@@ -13,7 +13,7 @@ use vmpod_image::{
     import, pull, push,
 };
 
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 const MIB: u64 = 1 << 20;
 const USER: &str = "ci";
 const PASSWORD: &str = "open sesame";
@@ -44,12 +44,13 @@ impl Registry {
             certificates(dir.path())?;
             std::fs::write(at("htpasswd"), format!("{USER}:{HTPASSWD}\n"))?;
             let (certificate, key, passwords) = (at("server.pem"), at("server.key"), at("htpasswd"));
-            config.push_str(&format!(
+            let secured = format!(
                 "  tls: {{certificate: {}, key: {}}}\nauth: {{htpasswd: {{realm: test, path: {}}}}}\n",
                 certificate.display(),
                 key.display(),
                 passwords.display()
-            ));
+            );
+            config.push_str(&secured);
         }
         std::fs::write(at("config.yml"), config)?;
         let log = std::fs::File::create(at("log"))?;
@@ -131,7 +132,7 @@ fn disk(path: &Path, version: u8) -> Result<()> {
             .collect();
         file.write_all_at(&part, window * 9 * MIB)?;
     }
-    file.write_all_at(&[version; 1 << 20], 30 * MIB)?;
+    file.write_all_at(&vec![version; 1 << 20], 30 * MIB)?;
     Ok(())
 }
 

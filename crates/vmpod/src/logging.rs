@@ -21,10 +21,11 @@ pub(crate) enum Level {
 pub(crate) fn start(filter: Option<&str>, format: LogFormat, level: Level) -> Result<()> {
     let filter = match (filter, level) {
         (Some(text), _) => EnvFilter::try_new(text).with_context(|| format!("--log {text:?} is not a filter"))?,
+        // The SSH library calls a channel that is gone an error; whoever used it tells what it meant.
         (None, Level::Service) => EnvFilter::new(
-            "warn,vmpod=info,vmpod_node=info,vmpod_apiserver=info,vmpod_machine=info,vmpod_image=info,vmpod_fleet=info",
+            "warn,vmpod=info,vmpod_node=info,vmpod_apiserver=info,vmpod_machine=info,vmpod_image=info,vmpod_fleet=info,russh=off",
         ),
-        (None, Level::Command) => EnvFilter::new("error"),
+        (None, Level::Command) => EnvFilter::new("error,russh=off"),
     };
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match format {
