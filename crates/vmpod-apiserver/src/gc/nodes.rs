@@ -76,7 +76,7 @@ async fn delete_pods(server: &Server, node: &str) {
             Ok(_) => tracing::info!(pod = ?pod.key(), node, "deleted a pod whose node is gone"),
             Err(status) if status.code == 404 || status.code == 409 => {}
             Err(status) => {
-                tracing::warn!(pod = ?pod.key(), error = %status, "a pod whose node is gone can't be deleted")
+                tracing::warn!(pod = ?pod.key(), error = %status, "a pod whose node is gone can't be deleted");
             }
         }
     }
