@@ -13,10 +13,10 @@ build: ## compile vmpod to target/debug/vmpod
 	scripts/prerequisites build && cargo build --workspace --bins --locked
 
 guest: build ## make target/guest/tiny.oci, a guest that boots in seconds
-	scripts/prerequisites guest && guests/tiny/build
+	scripts/prerequisites guest machine && guests/tiny/build
 
 guest-debian: build ## make target/guest/debian.oci, Debian 12 with cloud-init
-	scripts/prerequisites guest && guests/debian/build
+	scripts/prerequisites guest machine && guests/debian/build
 
 tools: ## put kubectl and helm into target/tools
 	scripts/prerequisites e2e
