@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use futures::{StreamExt as _, TryStreamExt as _};
 use http::{Method, StatusCode, header};
-use reqwest::{RequestBuilder, Response};
+use reqwest::redirect::{Action, Attempt, Policy};
+use reqwest::{RequestBuilder, Response, Url};
 
 use crate::blobs::{BlobError, BlobErrorKind, Blobs, Body};
 use crate::credentials::{Credentials, CredentialsError};
@@ -29,6 +30,8 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// A connection on which nothing comes for so long is dead.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 const PROBE_LIMIT: Duration = Duration::from_secs(5);
+/// Redirects that one request follows.
+const MOST_REDIRECTS: usize = 10;
 
 /// How to reach registries.
 #[derive(Debug, Clone, Default)]
@@ -90,7 +93,9 @@ impl Repository {
         mount_from: Option<&str>,
     ) -> Result<Self, RegistryError> {
         let host = reference.registry().ok_or_else(|| RegistryError::Local(reference.clone()))?;
-        let client = client(host, access)?;
+        // What a token server is told is for it alone, so it can't send us elsewhere.
+        let direct = client(host, access, Policy::none())?;
+        let client = client(host, access, Policy::custom(follow))?;
         let endpoint = if host == "docker.io" { "registry-1.docker.io" } else { host };
         let scheme = scheme(&client, endpoint, access).await;
         let credential = access.credentials.resolve(host, reference.repository()).await?;
@@ -101,7 +106,7 @@ impl Repository {
         let mut scopes = vec![format!("repository:{repository}:{}", if push { "pull,push" } else { "pull" })];
         scopes.extend(mount_from.map(|from| format!("repository:{from}:pull")));
         Ok(Self {
-            auth: Auth::new(client.clone(), scheme == "http", credential, scopes),
+            auth: Auth::new(direct, (scheme == "http").then(|| access.plain_http.clone()), credential, scopes),
             client,
             base: format!("{scheme}://{endpoint}/v2/{repository}/"),
             host: host.to_owned(),
@@ -121,23 +126,23 @@ impl Repository {
         build: impl Fn(RequestBuilder) -> RequestBuilder + Send,
     ) -> Result<Response, BlobError> {
         let failed = |error: reqwest::Error| {
-            BlobError::caused(
-                BlobErrorKind::Transient(None),
-                format!("registry {} can't be reached", self.host),
-                error.without_url(),
-            )
+            let kind = if error.is_redirect() { BlobErrorKind::Fatal } else { BlobErrorKind::Transient(None) };
+            BlobError::caused(kind, format!("registry {} can't be reached", self.host), error.without_url())
         };
         let mut token = self.auth.current();
+        let mut asked = 0;
         loop {
             let mut request = build(self.client.request(method.clone(), url));
             if let Some(token) = &token {
                 request = request.header(header::AUTHORIZATION, token.value.clone());
             }
             let response = request.send().await.map_err(failed)?;
-            if response.status() != StatusCode::UNAUTHORIZED {
+            // Who is at the end of a redirect to elsewhere may not ask for this registry's credentials.
+            if response.status() != StatusCode::UNAUTHORIZED || !same_origin(response.url(), url) {
                 return Ok(response);
             }
-            let Some(next) = self.auth.answer(response.headers(), token.as_ref()).await? else { return Ok(response) };
+            let next = self.auth.answer(response.headers(), token.as_ref(), &mut asked).await?;
+            let Some(next) = next else { return Ok(response) };
             token = Some(next);
         }
     }
@@ -300,9 +305,32 @@ async fn words(response: Response) -> String {
     }
 }
 
-fn client(host: &str, access: &Access) -> Result<reqwest::Client, RegistryError> {
+/// Follows a redirect, unless it would go on in the clear what began encrypted, or for ever.
+fn follow(attempt: Attempt<'_>) -> Action {
+    match refusal(attempt.previous(), attempt.url()) {
+        Some(why) => attempt.error(why),
+        None => attempt.follow(),
+    }
+}
+
+/// Why a redirect isn't followed.
+fn refusal(previous: &[Url], next: &Url) -> Option<&'static str> {
+    if previous.len() > MOST_REDIRECTS {
+        return Some("too many redirects");
+    }
+    let was_encrypted = previous.last().is_some_and(|url| url.scheme() == "https");
+    (was_encrypted && next.scheme() != "https").then_some("it redirects from HTTPS to plain HTTP")
+}
+
+/// Whether an answer came from the scheme, host and port that were asked.
+fn same_origin(answered: &Url, asked: &str) -> bool {
+    Url::parse(asked).is_ok_and(|asked| asked.origin() == answered.origin())
+}
+
+fn client(host: &str, access: &Access, redirects: Policy) -> Result<reqwest::Client, RegistryError> {
     install_crypto_provider();
     let mut builder = reqwest::Client::builder()
+        .redirect(redirects)
         .connect_timeout(CONNECT_LIMIT)
         .read_timeout(STALL_LIMIT)
         .user_agent(concat!("vmpod/", env!("CARGO_PKG_VERSION")));
@@ -361,9 +389,30 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_redirect_never_leaves_encryption() {
+        let url = |text: &str| Url::parse(text).unwrap();
+        let (tls, plain) = (url("https://a.example.com/"), url("http://b.example.com/"));
+        assert!(refusal(std::slice::from_ref(&tls), &plain).is_some());
+        for (from, to) in [(&tls, &tls), (&plain, &tls), (&plain, &plain)] {
+            assert_eq!(refusal(std::slice::from_ref(from), to), None, "{from} {to}");
+        }
+        assert_eq!(refusal(&vec![tls.clone(); MOST_REDIRECTS], &tls), None);
+        assert!(refusal(&vec![tls.clone(); MOST_REDIRECTS + 1], &tls).is_some());
+    }
+
+    #[test]
+    fn another_port_is_another_origin() {
+        let answered = Url::parse("https://a.example.com/x").unwrap();
+        assert!(same_origin(&answered, "https://a.example.com:443/y"));
+        for asked in ["https://a.example.com:5000/x", "http://a.example.com/x", "https://b.example.com/x", "?"] {
+            assert!(!same_origin(&answered, asked), "{asked}");
+        }
+    }
+
     #[tokio::test]
     async fn plain_http_needs_to_be_named() {
-        let client = client("registry.example.com", &Access::default()).unwrap();
+        let client = client("registry.example.com", &Access::default(), Policy::none()).unwrap();
         let named = Access { plain_http: vec!["registry.example.com:5000".to_owned()], ..Access::default() };
         assert_eq!(scheme(&client, "registry.example.com:5000", &named).await, "http");
         assert_eq!(scheme(&client, "registry.example.com", &named).await, "https");

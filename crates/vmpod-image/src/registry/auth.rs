@@ -8,11 +8,17 @@ use http::{HeaderMap, HeaderValue, header};
 use reqwest::Url;
 use serde::Deserialize;
 
+use super::is_loopback;
 use crate::blobs::{BlobError, BlobErrorKind};
 use crate::credentials::Credential;
 
 /// The name under which an identity token is turned in.
 const CLIENT: &str = "vmpod";
+
+/// Answers of its own that one request gives to challenges: the second is for a token that ended meanwhile.
+const MOST_ANSWERS: u8 = 2;
+/// A token server's answer, bytes.
+const LARGEST_ANSWER: usize = 1 << 20;
 
 /// A header value that worked, or should.
 #[derive(Debug, Clone)]
@@ -24,8 +30,8 @@ pub(crate) struct Token {
 #[derive(Debug)]
 pub(crate) struct Auth {
     client: reqwest::Client,
-    /// Whether the registry itself is spoken to without TLS; only then may its token server be.
-    plain: bool,
+    /// If the registry itself is spoken to without TLS: the hosts that may be, besides loopback. Only then may its token server be.
+    plain: Option<Vec<String>>,
     credential: Option<Credential>,
     scopes: Vec<String>,
     current: Mutex<Option<Arc<Token>>>,
@@ -36,7 +42,7 @@ pub(crate) struct Auth {
 impl Auth {
     pub(crate) fn new(
         client: reqwest::Client,
-        plain: bool,
+        plain: Option<Vec<String>>,
         credential: Option<Credential>,
         scopes: Vec<String>,
     ) -> Self {
@@ -47,11 +53,13 @@ impl Auth {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The answer to a refusal, given what was `used` for it; none when there is nothing (else) to say.
+    /// The answer to a refusal, given what was `used` for it; none when there is nothing (else) to say. `given` counts the answers
+    /// that were made for this request.
     pub(crate) async fn answer(
         &self,
         refusal: &HeaderMap,
         used: Option<&Arc<Token>>,
+        given: &mut u8,
     ) -> Result<Option<Arc<Token>>, BlobError> {
         let _one = self.asking.lock().await;
         let current = self.current();
@@ -64,6 +72,10 @@ impl Auth {
             // Another request got a new one meanwhile.
             return Ok(current);
         }
+        if *given >= MOST_ANSWERS {
+            return Ok(None);
+        }
+        *given += 1;
         let challenges = refusal.get_all(header::WWW_AUTHENTICATE);
         let parsed: Vec<_> = challenges.iter().filter_map(|value| Challenge::parse(value.to_str().ok()?)).collect();
         let bearer = parsed.iter().find(|challenge| challenge.scheme == "bearer");
@@ -99,7 +111,7 @@ impl Auth {
         let realm = challenge.get("realm").unwrap_or_default();
         let mut url =
             Url::parse(realm).map_err(|_| fatal(format!("the registry names no valid token server ({realm:?})")))?;
-        if url.scheme() != "https" && !(self.plain && url.scheme() == "http") {
+        if url.scheme() != "https" && !may_be_plain(&url, self.plain.as_deref()) {
             return Err(fatal(format!("the registry's token server {realm} isn't spoken to without TLS")));
         }
         let service = challenge.get("service");
@@ -141,7 +153,7 @@ impl Auth {
                 error.without_url(),
             )
         };
-        let response = request.send().await.map_err(failed)?;
+        let mut response = request.send().await.map_err(failed)?;
         let status = response.status();
         if !status.is_success() {
             let kind = if status.is_server_error() || status == http::StatusCode::TOO_MANY_REQUESTS {
@@ -151,10 +163,25 @@ impl Auth {
             };
             return Err(BlobError::new(kind, format!("token server {realm} answered {status}")));
         }
-        let answer: Answer = response.json().await.map_err(failed)?;
+        let mut bytes = Vec::new();
+        while let Some(part) = response.chunk().await.map_err(failed)? {
+            bytes.extend_from_slice(&part);
+            if bytes.len() > LARGEST_ANSWER {
+                return Err(fatal(format!("token server {realm} answers more than {} MiB", LARGEST_ANSWER >> 20)));
+            }
+        }
+        let answer: Answer = serde_json::from_slice(&bytes)
+            .map_err(|_| fatal(format!("token server {realm} gave an answer that can't be read")))?;
         let token = answer.token.or(answer.access_token).filter(|token| !token.is_empty());
         token.ok_or_else(|| fatal(format!("token server {realm} gave no token")))
     }
+}
+
+/// Whether a token server may be spoken to without TLS: its registry is, and it is on this host or named like the registry.
+fn may_be_plain(realm: &Url, plain: Option<&[String]>) -> bool {
+    let (Some(named), Some(name)) = (plain, realm.host_str()) else { return false };
+    let host = realm.port().map_or_else(|| name.to_owned(), |port| format!("{name}:{port}"));
+    realm.scheme() == "http" && (is_loopback(&host) || named.contains(&host))
 }
 
 /// One `WWW-Authenticate` header.
@@ -210,6 +237,19 @@ fn unquote(text: &str) -> (String, &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_token_server_without_tls_is_near_or_named() {
+        let named = ["registry.example.com:5000".to_owned()];
+        let may = |realm: &str, plain| may_be_plain(&Url::parse(realm).unwrap(), plain);
+        for realm in ["http://127.0.0.1:5001/token", "http://[::1]/token", "http://registry.example.com:5000/token"] {
+            assert!(may(realm, Some(&named)), "{realm}");
+            assert!(!may(realm, None), "{realm}");
+        }
+        for realm in ["http://registry.example.com/token", "http://evil.example.com:5000/", "ftp://127.0.0.1/"] {
+            assert!(!may(realm, Some(&named)), "{realm}");
+        }
+    }
 
     #[test]
     fn challenges_are_read() {

@@ -333,13 +333,57 @@ async fn registries_with_tokens_and_passwords() {
         assert!(matches!(error, PullError::Denied { .. }), "{error:?}");
         assert!(!format!("{error:?} {}", chain(&error)).contains("wrong\""), "no password is shown");
         // Tokens end in the middle of a pull.
-        world.registry.expire_tokens_after(3);
+        world.registry.expire_tokens_after(6);
         pull(&world.there, &reference, with("pass:word")).await.unwrap();
         let to = world.remote("ci/b:1");
         push(&world.there, &reference, &to, PushOptions { credentials: config("pass:word"), ..push_options() })
             .await
             .unwrap();
     }
+}
+
+/// A login of `kind`, for the world's registry.
+fn login(world: &World, entry: serde_json::Value) -> PullOptions {
+    let text = serde_json::json!({"auths": {world.registry.host(): entry}});
+    PullOptions { credentials: Credentials::default().with_docker_config(text.to_string()), ..pull_options() }
+}
+
+#[tokio::test]
+async fn a_registry_that_takes_no_token_is_left_alone() {
+    let world = World::new().await;
+    world.published(1).await;
+    world.registry.require(true, "user", "secret");
+    // Each token is new, and none is ever good.
+    world.registry.expire_tokens_after(0);
+    let options = login(&world, serde_json::json!({"username": "user", "password": "secret"}));
+    let reference = world.remote("ci/a:1");
+    let pulled = tokio::time::timeout(Duration::from_secs(20), pull(&world.there, &reference, options)).await;
+    let error = pulled.expect("it ends").unwrap_err();
+    assert!(matches!(error, PullError::Denied { .. }), "{error:?}");
+    assert_eq!(world.registry.tokens(), 2);
+}
+
+#[tokio::test]
+async fn credentials_go_where_they_belong() {
+    let world = World::new().await;
+    world.published(1).await;
+    let elsewhere = Registry::start().await;
+    elsewhere.require(true, "user", "secret");
+    let basic = login(&world, serde_json::json!({"username": "user", "password": "secret"}));
+    let reference = world.remote("ci/a:1");
+    world.registry.redirect("/blobs/", elsewhere.host());
+    let error = pull(&world.there, &reference, basic.clone()).await.unwrap_err();
+    assert!(matches!(error, PullError::Denied { .. }), "{error:?}");
+    assert_eq!(elsewhere.told(), Vec::<String>::new(), "a redirect's target gets nothing");
+
+    world.registry.require(true, "user", "secret");
+    world.registry.redirect("/token", elsewhere.host());
+    let identity = login(&world, serde_json::json!({"identitytoken": "secret"}));
+    for options in [basic, identity] {
+        let error = pull(&world.there, &reference, options).await.unwrap_err();
+        assert!(chain(&error).contains("answered 307"), "{}", chain(&error));
+    }
+    assert_eq!(elsewhere.told(), Vec::<String>::new(), "nor does a token server's redirect");
 }
 
 #[tokio::test]
@@ -362,9 +406,10 @@ async fn a_push_survives_faults() {
     let world = World::new().await;
     disk(&world.path("disk.raw"), 1);
     import(&world.here, Source::Raw(world.path("disk.raw")), &name("a"), ImportOptions::default()).await.unwrap();
-    world.registry.fail_writes_every(3);
+    // One fewer than the attempts: even a layer that gets all of them comes through.
+    world.registry.fail_writes_every(3, 4);
     let digest = push(&world.here, &name("a"), &world.remote("a"), push_options()).await.unwrap();
-    world.registry.fail_writes_every(0);
+    assert_eq!(world.registry.write_faults_left(), 0, "the faults happened");
     assert_eq!(pull(&world.there, &world.remote("a"), pull_options()).await.unwrap().digest, digest);
 }
 

@@ -41,6 +41,9 @@ struct Inner {
     turns: HashMap<String, usize>,
     write_fault: usize,
     writes: usize,
+    write_faults_left: usize,
+    redirect: Option<(&'static str, String)>,
+    told: Vec<String>,
     delay: Duration,
     no_ranges: bool,
     login: Option<(bool, String)>,
@@ -87,9 +90,29 @@ impl Registry {
         inner.ranges.clear();
     }
 
-    /// Every `n`th write answers 503.
-    pub(crate) fn fail_writes_every(&self, n: usize) {
-        self.lock().write_fault = n;
+    /// Every `n`th write answers 503, `most` times: concurrent writes come in any order, so one of them may get every fault.
+    pub(crate) fn fail_writes_every(&self, n: usize, most: usize) {
+        let mut inner = self.lock();
+        (inner.write_fault, inner.write_faults_left) = (n, most);
+    }
+
+    pub(crate) fn write_faults_left(&self) -> usize {
+        self.lock().write_faults_left
+    }
+
+    /// Sends requests with `part` in their path to another host.
+    pub(crate) fn redirect(&self, part: &'static str, host: &str) {
+        self.lock().redirect = Some((part, host.to_owned()));
+    }
+
+    /// Whatever was said to be authorized: headers, and the bodies of requests for tokens.
+    pub(crate) fn told(&self) -> Vec<String> {
+        self.lock().told.clone()
+    }
+
+    /// How many tokens were given.
+    pub(crate) fn tokens(&self) -> usize {
+        self.lock().tokens.len()
     }
 
     pub(crate) fn serve_ranges(&self, yes: bool) {
@@ -205,6 +228,19 @@ async fn serve(State(registry): State<Registry>, request: Request) -> Response {
     let (parts, body) = request.into_parts();
     let path = parts.uri.path().to_owned();
     let query = parts.uri.query().unwrap_or_default().to_owned();
+    if let Some(given) = parts.headers.get(header::AUTHORIZATION) {
+        registry.lock().told.push(given.to_str().unwrap().to_owned());
+    }
+    let redirect = registry.lock().redirect.clone();
+    if let Some((_, host)) = redirect.filter(|(part, _)| path.contains(part)) {
+        let at = format!("http://{host}{path}?{query}");
+        return Response::builder().status(307).header(header::LOCATION, at).body(Body::empty()).unwrap();
+    }
+    if path == "/token" && parts.method == Method::POST {
+        let form = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        registry.lock().told.push(String::from_utf8(form.to_vec()).unwrap());
+        return answer(StatusCode::UNAUTHORIZED);
+    }
     if path == "/token" {
         let mut inner = registry.lock();
         let given = parts.headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
@@ -258,7 +294,8 @@ async fn uploads(
     let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
     let mut inner = registry.lock();
     inner.writes += 1;
-    if inner.write_fault > 0 && inner.writes.is_multiple_of(inner.write_fault) {
+    if inner.write_faults_left > 0 && inner.writes.is_multiple_of(inner.write_fault) {
+        inner.write_faults_left -= 1;
         return answer(StatusCode::SERVICE_UNAVAILABLE);
     }
     let parameter = |name: &str| {
