@@ -1,7 +1,7 @@
 //! Image formats. Each reads a manifest and says, as a [`Plan`], which bytes go where; the pipeline does the rest and
 //! knows no format.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::str::FromStr;
 
 use serde::Deserialize;
@@ -22,6 +22,8 @@ mod tart;
 const LARGEST_DISK: u64 = 64 << 40;
 /// More layers than any manifest within [`crate::manifest::LARGEST`] needs.
 const MOST_LAYERS: usize = 65_536;
+/// Documents among the layers; every format that has one has one.
+const MOST_DOCUMENTS: usize = 8;
 
 /// What to fetch and where it goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,11 +153,15 @@ pub enum FormatError {
 /// Small documents that are layers.
 pub(crate) type Documents = HashMap<Digest, Vec<u8>>;
 
-/// The layers that must be read before there can be a plan.
-pub(crate) fn documents(manifest: &Manifest) -> Vec<Digest> {
+/// The layers that must be read before there can be a plan, equal ones once.
+pub(crate) fn documents(manifest: &Manifest) -> Result<BTreeSet<Digest>, FormatError> {
     let kinds = [tart::CONFIG, agoda::CONFIG, lume::LEGACY_CONFIG];
     let wanted = |layer: &&Descriptor| kinds.contains(&layer.media_type.as_str());
-    manifest.layers.iter().filter(wanted).map(|layer| layer.digest).collect()
+    let documents: BTreeSet<_> = manifest.layers.iter().filter(wanted).map(|layer| layer.digest).collect();
+    if documents.len() > MOST_DOCUMENTS {
+        return Err(FormatError::Bounds("it has more configurations than any image needs"));
+    }
+    Ok(documents)
 }
 
 /// Reads a manifest, its configuration and its documents.
@@ -241,4 +247,23 @@ fn check_placement(plan: &Plan) -> Result<(), FormatError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_documents_are_read_and_each_once() {
+        let layer = |number: usize| Descriptor::new(tart::CONFIG, Digest::of(&number.to_le_bytes()), 1);
+        let config = Descriptor::new(media::CONFIG, Digest::of(b"config"), 1);
+        let manifest = |layers: Vec<Descriptor>| {
+            let value = serde_json::json!({"schemaVersion": 2, "config": config, "layers": layers});
+            serde_json::from_value::<Manifest>(value).unwrap()
+        };
+        let many = (0..100).map(|number| layer(number % MOST_DOCUMENTS)).collect();
+        assert_eq!(documents(&manifest(many)).unwrap().len(), MOST_DOCUMENTS);
+        let error = documents(&manifest((0..=MOST_DOCUMENTS).map(layer).collect())).unwrap_err();
+        assert!(matches!(error, FormatError::Bounds(_)), "{error}");
+    }
 }

@@ -429,12 +429,12 @@ async fn import_layout(
     };
     let config = layout.read(&manifest.config).map_err(damaged)?;
     let mut documents = format::Documents::new();
-    for document in format::documents(&manifest) {
+    let broken = |source| ImportError::Format { path: path.to_owned(), source };
+    for document in format::documents(&manifest).map_err(broken)? {
         let bytes = layout.read(&Descriptor::new("", document, 0)).map_err(damaged)?;
         documents.insert(document, bytes);
     }
-    let plan = format::plan(&manifest, &config, &documents)
-        .map_err(|source| ImportError::Format { path: path.to_owned(), source })?;
+    let plan = format::plan(&manifest, &config, &documents).map_err(broken)?;
     let digest = Digest::of(&bytes);
     if store.record(digest)?.is_some() {
         store.tag(digest, reference)?;

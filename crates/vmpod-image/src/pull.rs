@@ -177,12 +177,12 @@ pub async fn pull(store: &Store, reference: &Reference, options: PullOptions) ->
         .await
         .map_err(|error| failed(RegistryError::Request(error)))?;
     let mut documents = Documents::new();
-    for document in format::documents(&manifest) {
+    let broken = |source| PullError::Format { reference: reference.clone(), source };
+    for document in format::documents(&manifest).map_err(broken)? {
         let bytes = again(options.retry, || repository.blob(document)).await;
         documents.insert(document, bytes.map_err(|error| failed(RegistryError::Request(error)))?);
     }
-    let plan = format::plan(&manifest, &config, &documents)
-        .map_err(|source| PullError::Format { reference: reference.clone(), source })?;
+    let plan = format::plan(&manifest, &config, &documents).map_err(broken)?;
     let incoming = Incoming { digest, manifest: &manifest, manifest_bytes: &bytes, config: &config, plan: &plan };
     bring(store, reference, incoming, repository, options.retry, &report).await.map_err(|source| match source {
         TransferError::Store(source) => PullError::Store { reference: reference.clone(), source },
