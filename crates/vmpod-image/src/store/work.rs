@@ -103,16 +103,20 @@ impl Work {
         finished: &Finished<'_>,
         reference: &Reference,
     ) -> Result<Image, StoreError> {
-        for file in files::names_in(&self.dir)? {
-            let path = self.dir.join(&file);
-            if file == LOCK {
-                continue;
-            }
-            if file == JOURNAL || !finished.keeps(&file) {
+        let names = files::names_in(&self.dir)?;
+        for file in names.iter().filter(|file| finished.keeps(file)) {
+            files::sync_file(&self.dir.join(file))?;
+        }
+        // From here on there is nothing to go on with: whoever comes after a kill must not find a journal that vouches for files
+        // that are gone, or that only root can still write.
+        files::remove_file(&self.dir.join(JOURNAL))?;
+        files::sync_dir(&self.dir)?;
+        for file in names.iter().filter(|file| *file != LOCK && *file != JOURNAL) {
+            let path = self.dir.join(file);
+            if !finished.keeps(file) {
                 files::remove_file(&path)?;
                 continue;
             }
-            files::sync_file(&path)?;
             std::fs::set_permissions(&path, Permissions::from_mode(0o400))
                 .map_err(files::io("make read-only", &path))?;
         }
