@@ -84,6 +84,8 @@ impl NativeImage {
     /// Cuts the disks of an image of another format into windows.
     fn cut(store: &Store, image: &Image, dir: PathBuf) -> Result<Self, NativeError> {
         let record = store.record(image.digest)?.ok_or(StoreError::NoImage(image.digest))?;
+        // What is digested anew here would otherwise vouch for whatever the files hold by now.
+        store.check_seal(image, &record)?;
         let mut layers: Vec<_> = record
             .files
             .iter()
@@ -197,7 +199,10 @@ impl NativeImage {
         layer: &Descriptor,
         path_of: impl Fn(Digest) -> PathBuf,
     ) -> Result<Option<Descriptor>, NativeError> {
-        if std::fs::metadata(path_of(layer.digest)).is_ok_and(|metadata| metadata.len() == layer.size) {
+        let path = path_of(layer.digest);
+        if std::fs::metadata(&path).is_ok_and(|metadata| metadata.len() == layer.size)
+            && std::fs::read(&path).is_ok_and(|bytes| Digest::of(&bytes) == layer.digest)
+        {
             return Ok(None);
         }
         let packed = self.pack(layer)?;

@@ -139,6 +139,38 @@ async fn a_foreign_image_becomes_a_native_one_that_shares_its_disk() {
 }
 
 #[tokio::test]
+async fn damage_gets_no_new_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("images")).unwrap();
+    let sample = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/lume.oci");
+    let lume = import(&store, Source::OciLayout(sample), &name("lume"), ImportOptions::default()).await.unwrap();
+    let disk = file(&store, &lume, "disk-0.raw");
+    let bytes = std::fs::read(&disk).unwrap();
+    let data = bytes.iter().position(|byte| *byte != 0 && *byte != b'!').unwrap();
+    scribble(&disk, data as u64);
+    let exported = export_oci_layout(&store, &lume, &dir.path().join("out.oci"), &name("a")).await;
+    for error in [exported.unwrap_err(), convert(&store, &lume, &name("native")).await.unwrap_err()] {
+        assert!(format!("{error:?}").contains("Corrupt"), "{error:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_layer_in_a_layout_is_written_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("images")).unwrap();
+    let image = guest(&store, dir.path(), 7, "a").await;
+    let layout = dir.path().join("out.oci");
+    export_oci_layout(&store, &image, &layout, &name("a")).await.unwrap();
+    for blob in std::fs::read_dir(layout.join("blobs/sha256")).unwrap() {
+        scribble(&blob.unwrap().path(), 8);
+    }
+    export_oci_layout(&store, &image, &layout, &name("a")).await.unwrap();
+    let other = Store::open(&dir.path().join("other")).unwrap();
+    let back = import(&other, Source::OciLayout(layout), &name("b"), ImportOptions::default()).await.unwrap();
+    assert_eq!(back.digest, image.digest);
+}
+
+#[tokio::test]
 async fn a_tar_archive_is_no_disk() {
     let dir = tempfile::tempdir().unwrap();
     let mut bytes = vec![0; 1024];

@@ -56,7 +56,7 @@ pub(super) fn seal(dir: &Path, record: &Record) -> Result<(), StoreError> {
 
 impl Store {
     /// Makes sure that the files of an image are those that were verified. Takes no time unless one was touched.
-    pub(super) fn check_seal(&self, image: &Image, record: &Record) -> Result<(), StoreError> {
+    pub(crate) fn check_seal(&self, image: &Image, record: &Record) -> Result<(), StoreError> {
         let dir = self.image_dir(image.digest);
         let sealed = read_json::<Seal>(&dir.join(SEAL))?.unwrap_or_default();
         let mut touched = Vec::new();
