@@ -111,13 +111,12 @@ fn request_pem(csr: &Value) -> Option<String> {
     String::from_utf8(STANDARD.decode(csr["spec"]["request"].as_str()?).ok()?).ok()
 }
 
-/// The subject of a request: common name and organisations.
+/// The subject of a request: its only common name, and its organisations.
 fn subject(pem: &str) -> Option<(String, Vec<String>)> {
     let (_, pem) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).ok()?;
     let (_, request) = x509_parser::certification_request::X509CertificationRequest::from_der(&pem.contents).ok()?;
     let name = &request.certification_request_info.subject;
-    let user = name.iter_common_name().next()?.as_str().ok()?.to_owned();
-    Some((user, name.iter_organization().filter_map(|one| one.as_str().ok().map(str::to_owned)).collect()))
+    crate::pki::subject_of(name)
 }
 
 fn is_node(subject: &(String, Vec<String>)) -> bool {
@@ -146,5 +145,43 @@ fn signed(server: &Server, csr: &Value, signer: &str, usage: Usage, life: Option
     if !kubelet && subject.1.iter().any(|group| group == crate::identity::MASTERS) {
         return Err("system:masters is not given by a signing request".into());
     }
-    server.pki.sign(&pem, usage, life).map_err(|error| error.to_string())
+    let issued = server.pki.sign(&pem, usage, life).map_err(|error| error.to_string())?;
+    // The signer reads the request by itself: what counts is what it wrote.
+    if crate::pki::subject_of_pem(&issued).as_ref() != Some(&subject) {
+        return Err("the certificate would name another subject than the request: give one CN and one O".into());
+    }
+    Ok(issued)
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
+
+    use super::*;
+
+    /// A request with these parts of a subject, in this order. Identifiers that are spelled out let
+    /// one type of name be there twice.
+    fn request(parts: &[(DnType, &str)]) -> String {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        for (kind, value) in parts {
+            params.distinguished_name.push(kind.clone(), *value);
+        }
+        params.serialize_request(&KeyPair::generate().unwrap()).unwrap().pem().unwrap()
+    }
+
+    #[test]
+    fn a_subject_has_one_common_name() {
+        let again = DnType::CustomDnType(vec![2, 5, 4, 3]);
+        let group = (DnType::OrganizationName, crate::identity::NODES);
+        let one = request(&[group.clone(), (DnType::CommonName, "system:node:n1")]);
+        assert_eq!(subject(&one), Some(("system:node:n1".into(), vec![crate::identity::NODES.into()])));
+        let two = request(&[group.clone(), (DnType::CommonName, "system:node:n1"), (again, "system:node:n2")]);
+        assert_eq!(subject(&two), None);
+        let csr = json!({ "spec": {
+            "request": STANDARD.encode(two), "username": "system:node:n1", "groups": [crate::identity::NODES],
+        }});
+        assert!(!own_identity(&csr));
+        assert_eq!(subject(&request(&[group])), None);
+    }
 }

@@ -318,10 +318,22 @@ pub(crate) fn chain_and_key(issued: &Issued) -> Option<(Vec<CertificateDer<'stat
 /// The user (CN) and groups (O) of a verified client certificate.
 pub(crate) fn subject(der: &CertificateDer<'_>) -> Option<(String, Vec<String>)> {
     let (_, cert) = x509_parser::parse_x509_certificate(der).ok()?;
-    let name = cert.subject();
-    let user = name.iter_common_name().next()?.as_str().ok()?.to_owned();
-    let groups = name.iter_organization().filter_map(|group| group.as_str().ok().map(str::to_owned)).collect();
-    (!user.is_empty()).then_some((user, groups))
+    subject_of(cert.subject())
+}
+
+/// The user and groups of a PEM certificate.
+pub(crate) fn subject_of_pem(pem: &str) -> Option<(String, Vec<String>)> {
+    subject(&CertificateDer::from_pem_slice(pem.as_bytes()).ok()?)
+}
+
+/// The user (CN) and groups (O) of a name. A name with several CNs, or with a part that can't be
+/// read, has none: its readers could disagree on who it is.
+pub(crate) fn subject_of(name: &x509_parser::x509::X509Name<'_>) -> Option<(String, Vec<String>)> {
+    let mut users = name.iter_common_name();
+    let user = users.next()?.as_str().ok()?.to_owned();
+    let groups: Vec<String> =
+        name.iter_organization().map(|group| group.as_str().map(str::to_owned)).collect::<Result<_, _>>().ok()?;
+    (users.next().is_none() && !user.is_empty()).then_some((user, groups))
 }
 
 #[cfg(test)]
