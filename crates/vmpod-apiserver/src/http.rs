@@ -40,7 +40,7 @@ use query::Query;
 pub(crate) use delete::{Options as DeleteOptions, delete_object};
 
 /// The largest body of a request.
-const BODY_LIMIT: usize = 3 << 20;
+pub(crate) const BODY_LIMIT: usize = 3 << 20;
 /// The longest manager name that is recorded.
 const MANAGER_LIMIT: usize = 128;
 
@@ -141,7 +141,13 @@ fn caller(server: &Server, request: &Request<Body>, now: Timestamp) -> Result<Id
 
 /// Administrators may act as somebody else (`kubectl --as`).
 fn impersonated(identity: Identity, headers: &HeaderMap) -> Result<Identity, Status> {
-    let Some(user) = headers.get("impersonate-user") else { return Ok(identity) };
+    let Some(user) = headers.get("impersonate-user") else {
+        // Whoever asks to be less must not be answered as who they are.
+        let other = headers.keys().find(|name| name.as_str().starts_with("impersonate-"));
+        return other.map_or(Ok(identity), |name| {
+            Err(Status::bad_request(format!("requested impersonation by {name} without impersonating a user")))
+        });
+    };
     let text = |value: &http::HeaderValue| {
         value.to_str().map(str::to_owned).map_err(|_| Status::bad_request("an impersonation header is not text"))
     };
@@ -249,5 +255,26 @@ async fn serve(call: Call, request: Request<Body>) -> Result<Response<Body>, Sta
         (Method::DELETE, true) => delete::one(&call, &call.body(request).await?).await,
         (Method::DELETE, false) => delete::collection(&call, &call.body(request).await?).await,
         _ => Err(Status::method_not_allowed_here()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impersonation_needs_a_user() {
+        let asked = |names: &[(&'static str, &'static str)]| {
+            let pairs = names
+                .iter()
+                .map(|(name, value)| (http::HeaderName::from_static(name), http::HeaderValue::from_static(value)));
+            impersonated(Identity::admin(), &pairs.collect())
+        };
+        assert_eq!(asked(&[]).unwrap(), Identity::admin());
+        let other = asked(&[("impersonate-user", "u"), ("impersonate-group", "g")]).unwrap();
+        assert_eq!(other, Identity::new("u", ["g"]));
+        for alone in ["impersonate-group", "impersonate-uid", "impersonate-extra-scopes"] {
+            assert_eq!(asked(&[(alone, "x")]).unwrap_err().code, 400, "{alone}");
+        }
     }
 }

@@ -8,9 +8,13 @@ use crate::kinds::{Context, FieldValidation, Format, Resource, at, conform, pars
 use crate::managed_fields;
 use crate::managed_fields::typed;
 use crate::status::{Cause, Status};
+use crate::store::MAX_NESTING;
 
 /// The most operations that one JSON patch may have.
 const MAX_OPERATIONS: usize = 10_000;
+
+/// The most bytes that the copies and moves of one JSON patch may add up to: as many as a body has.
+const COPY_LIMIT: usize = crate::http::BODY_LIMIT;
 
 /// Which kind of patch a body is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +130,70 @@ fn json_patch_to(object: &mut Value, patch: Value) -> Result<(), Status> {
             patch.0.len()
         )));
     }
-    json_patch::patch(object, &patch).map_err(|_| Status::unprocessable())
+    let mut copied = 0;
+    for operation in &patch.0 {
+        check_operation(object, operation, &mut copied)?;
+        // What fails is thrown away whole.
+        json_patch::patch_unsafe(object, std::slice::from_ref(operation)).map_err(|_| Status::unprocessable())?;
+    }
+    Ok(())
+}
+
+/// Refuses an operation that would make the object too deep, or the copies too large: a few copies
+/// of an object into itself would double it each time.
+fn check_operation(object: &Value, operation: &json_patch::PatchOperation, copied: &mut usize) -> Result<(), Status> {
+    use json_patch::PatchOperation as Op;
+    let deep =
+        || Status { message: format!("the object is nested more than {MAX_NESTING} deep"), ..Status::unprocessable() };
+    let path = operation.path().tokens().count();
+    if path > MAX_NESTING {
+        return Err(deep());
+    }
+    let (value, from) = match operation {
+        Op::Add(op) => (Some(&op.value), false),
+        Op::Replace(op) => (Some(&op.value), false),
+        Op::Copy(op) => (object.pointer(op.from.as_str()), true),
+        Op::Move(op) => (object.pointer(op.from.as_str()), true),
+        Op::Remove(_) | Op::Test(_) => (None, false),
+    };
+    let Some(value) = value else { return Ok(()) };
+    let (depth, size) = measure(value);
+    if path + depth > MAX_NESTING {
+        return Err(deep());
+    }
+    if from {
+        *copied += size;
+    }
+    if *copied > COPY_LIMIT {
+        let message = format!(
+            "Unable to complete the copy, the accumulated size increase of copy is {copied}, exceeding the limit {COPY_LIMIT}"
+        );
+        return Err(Status { message, ..Status::unprocessable() });
+    }
+    Ok(())
+}
+
+/// How deep a value is nested, and about how many bytes it takes as JSON. Doesn't recurse.
+fn measure(value: &Value) -> (usize, usize) {
+    let (mut deepest, mut size) = (0, 0);
+    let mut left = vec![(value, 0)];
+    while let Some((value, depth)) = left.pop() {
+        size += 4;
+        match value {
+            Value::Object(entries) => {
+                deepest = deepest.max(depth + 1);
+                size += entries.keys().map(|key| key.len() + 4).sum::<usize>();
+                left.extend(entries.values().map(|one| (one, depth + 1)));
+            }
+            Value::Array(items) => {
+                deepest = deepest.max(depth + 1);
+                left.extend(items.iter().map(|one| (one, depth + 1)));
+            }
+            Value::String(text) => size += text.len(),
+            _ => {}
+        }
+    }
+    (deepest, size)
 }
 
 fn server_side(

@@ -34,7 +34,10 @@ impl std::fmt::Debug for Server {
 
 impl From<StoreError> for Status {
     fn from(error: StoreError) -> Self {
-        Self::internal(error)
+        match error {
+            StoreError::TooDeep => Self { message: error.to_string(), ..Self::unprocessable() },
+            StoreError::Disk(_) | StoreError::Closed | StoreError::Serialise(_) => Self::internal(error),
+        }
     }
 }
 

@@ -26,7 +26,7 @@ use serde_json::Value;
 use tokio::sync::oneshot;
 
 pub use disk::OpenError;
-pub(crate) use object::{Key, Object};
+pub(crate) use object::{Key, MAX_NESTING, Object};
 pub(crate) use visible::{Event, EventKind, Expired, Feed, Listed};
 
 use disk::Disk;
@@ -45,6 +45,9 @@ pub(crate) enum StoreError {
     /// The object isn't JSON that can be written.
     #[error("the object can't be serialised: {0}")]
     Serialise(Arc<str>),
+    /// The object couldn't be read back.
+    #[error("the object is nested more than {MAX_NESTING} deep")]
+    TooDeep,
 }
 
 /// What to do with an object.
@@ -251,13 +254,19 @@ impl Store {
             let (base, durable, other) = {
                 let head = self.shared().head();
                 let (base, durable) = self.shared().newest(&head, key);
-                let other = dependency.and_then(|key| self.shared().newest(&head, key).0);
-                (base, durable, other)
+                let (other, also) = dependency.map_or((None, true), |key| self.shared().newest(&head, key));
+                (base, durable && also, other)
             };
-            let draft = match change(base.as_ref(), other.as_ref())? {
-                Change::Keep => None,
-                Change::Put(value) => Some((EventKind::Put, Draft::new(key, &value)?)),
-                Change::Delete(value) => Some((EventKind::Delete, Draft::new(key, &value)?)),
+            let draft = match change(base.as_ref(), other.as_ref()) {
+                Ok(Change::Keep) => None,
+                Ok(Change::Put(value)) => Some((EventKind::Put, Draft::new(key, &value)?)),
+                Ok(Change::Delete(value)) => Some((EventKind::Delete, Draft::new(key, &value)?)),
+                Err(error) if durable => return Err(error),
+                Err(error) => {
+                    // A refusal tells of the state it was computed on, which must be durable first.
+                    settled(self.enqueue(None)?).await?;
+                    return Err(error);
+                }
             };
             let Some((kind, draft)) = draft else {
                 // Nothing to write, yet the answer must not tell of what isn't durable.
@@ -293,11 +302,8 @@ impl Store {
             self.shared().wake.notify_one();
             break (Outcome { object }, done);
         };
-        match done.await {
-            Ok(Ok(())) => Ok(outcome),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(StoreError::Closed.into()),
-        }
+        settled(done).await?;
+        Ok(outcome)
     }
 
     fn enqueue(&self, event: Option<Arc<Event>>) -> Result<oneshot::Receiver<Result<(), StoreError>>, StoreError> {
@@ -311,6 +317,11 @@ impl Store {
         self.shared().wake.notify_one();
         Ok(done)
     }
+}
+
+/// Waits until a place in the queue was written.
+async fn settled(done: oneshot::Receiver<Result<(), StoreError>>) -> Result<(), StoreError> {
+    done.await.unwrap_or(Err(StoreError::Closed))
 }
 
 /// The commit thread: takes the whole queue, makes it durable, shows it, wakes the writers.

@@ -192,3 +192,29 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_json_patch_cannot_grow_without_bounds() {
+    let deeper = json!({"op": "copy", "from": "/a", "path": "/a/b/b/b/b/b/b/b/b/b/b"});
+    let mut object = json!({"a": {"b": {}}});
+    for _ in 0..9 {
+        object["a"] = json!({"b": object["a"].clone()});
+    }
+    let refused = json_patch_to(&mut object, vec![deeper; 1000].into()).unwrap_err();
+    assert_eq!((refused.code, refused.message.contains("nested")), (422, true));
+    assert!(measure(&object).0 <= MAX_NESTING);
+    // Each pair of operations would double the object.
+    let wider: Vec<Value> = (0..60)
+        .flat_map(|at| {
+            [
+                json!({"op": "copy", "from": "/data", "path": "/other"}),
+                json!({"op": "copy", "from": "/other", "path": format!("/data/{at}")}),
+            ]
+        })
+        .collect();
+    let refused = json_patch_to(&mut json!({"data": {"k": "v"}}), wider.into()).unwrap_err();
+    assert_eq!((refused.code, refused.message.contains("size")), (422, true));
+    let path = "/a".repeat(MAX_NESTING + 1);
+    let refused = json_patch_to(&mut json!({}), json!([{"op": "add", "path": path, "value": 1}])).unwrap_err();
+    assert!(refused.message.contains("nested"));
+}

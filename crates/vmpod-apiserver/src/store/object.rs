@@ -28,6 +28,10 @@ impl Key {
     }
 }
 
+/// How deep an object may be nested. The parser refuses 128, also when the store is opened again; the
+/// rest is room for what an answer wraps around an object.
+pub(crate) const MAX_NESTING: usize = 120;
+
 /// One version of one object.
 #[derive(Debug)]
 pub(crate) struct Object {
@@ -100,6 +104,9 @@ impl Draft {
             meta.insert("resourceVersion".into(), MARK.as_str().into());
         }
         let bytes = serde_json::to_vec(&marked).map_err(|error| StoreError::Serialise(error.to_string().into()))?;
+        if nesting(&bytes) > MAX_NESTING {
+            return Err(StoreError::TooDeep);
+        }
         let at = bytes
             .windows(MARK.len())
             .position(|window| window == MARK.as_bytes())
@@ -115,6 +122,26 @@ impl Draft {
         bytes.extend_from_slice(&self.bytes[self.at + MARK.len()..]);
         Object { key: self.key, revision, digest: self.digest, bytes: bytes.into() }
     }
+}
+
+/// How deep JSON is nested. Doesn't recurse, so that any depth can be measured.
+fn nesting(json: &[u8]) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let (mut text, mut escaped) = (false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if text => escaped = true,
+            b'"' => text = !text,
+            b'{' | b'[' if !text => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b'}' | b']' if !text => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
 }
 
 /// The fields that selectors, lists and controllers ask of a resource, besides its metadata.

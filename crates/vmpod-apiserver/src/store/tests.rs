@@ -261,3 +261,26 @@ proptest! {
         });
     }
 }
+
+#[tokio::test]
+async fn keeps_only_what_it_can_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("store.redb");
+    let nested = |depth: usize| {
+        let mut value = object("deep", "x");
+        // The object itself is one level. Brackets in text are none.
+        value["data"] = (1..depth).fold(json!("[[{\\\"[["), |inner, _| json!([inner]));
+        value
+    };
+    {
+        let store = Store::open(&file).unwrap();
+        let write = async |depth: usize| -> Result<Outcome, StoreError> {
+            store.mutate(&key("deep"), None, |_, _| Ok(Change::Put(nested(depth)))).await
+        };
+        write(MAX_NESTING).await.unwrap();
+        assert!(matches!(write(MAX_NESTING + 1).await, Err(StoreError::TooDeep)));
+        assert!(matches!(write(1000).await, Err(StoreError::TooDeep)));
+    }
+    let store = Store::open(&file).unwrap();
+    assert_eq!(store.get(&key("deep")).unwrap().value()["data"], nested(MAX_NESTING)["data"]);
+}
