@@ -57,10 +57,11 @@ pub(crate) fn plan(resource: &Resource, old: &Value, options: &Value, now: Times
         shorten(&mut new, before, grace, now);
         return Ok(if grace > 0 || held { Deletion::Mark(new) } else { Deletion::Remove(new) });
     }
-    if finalizers.is_some() {
-        return Ok(Deletion::Mark(new));
-    }
-    Ok(if held || before > 0 { Deletion::Pending } else { Deletion::Remove(new) })
+    Ok(match finalizers {
+        _ if !held && before == 0 => Deletion::Remove(new),
+        Some(_) => Deletion::Mark(new),
+        None => Deletion::Pending,
+    })
 }
 
 fn mark(resource: &Resource, object: &mut Value, grace: i64, now: Timestamp) {
@@ -218,6 +219,9 @@ mod tests {
         };
         assert_eq!(marked["metadata"]["finalizers"], json!(["foregroundDeletion"]));
         assert!(!finished(&maps, &marked));
+        // A policy that waits for nobody lets it go.
+        let background = json!({"propagationPolicy": "Background"});
+        assert!(matches!(plan(&maps, &marked, &background, at_noon()).unwrap(), Deletion::Remove(_)));
         let mut done = marked;
         done["metadata"].as_object_mut().unwrap().remove("finalizers");
         assert!(finished(&maps, &done));

@@ -184,7 +184,7 @@ async fn collect(server: &Server, graph: &Graph, object: &Object) -> Result<(), 
     };
     let Some(resource) = server.resource_stored_as(&object.key().resource) else { return Ok(()) };
     let mut options = DeleteOptions::background().with_uid(object.uid());
-    options.options["propagationPolicy"] = policy.into();
+    options.given["propagationPolicy"] = policy.into();
     match delete_object(server, &resource, object.key(), &options).await {
         // Another object has its name now.
         Err(status) if status.code == 409 => Ok(()),

@@ -335,6 +335,20 @@ async fn nodes_may_do_their_work_and_nothing_else() {
     let pods: Api<Pod> = Api::default_namespaced(me.clone());
     let running = Patch::Strategic(json!({ "status": { "phase": "Running" } }));
     pods.patch_status("mine", &PatchParams::default(), &running).await.unwrap();
+    for part in ["annotations", "labels"] {
+        // The annotation would let this node read that secret.
+        let patch = Patch::Merge(json!({ "metadata": { part: { "vmpod.dev/user-data-secret": "other" } } }));
+        assert_eq!(code(pods.patch_status("mine", &PatchParams::default(), &patch).await.unwrap_err()), 403, "{part}");
+    }
+    assert_eq!(code(pods.delete("absent", &DeleteParams::default()).await.unwrap_err()), 404);
+    let eviction = json!({
+        "apiVersion": "policy/v1", "kind": "Eviction", "metadata": { "name": "mine" }, "deleteOptions": { "dryRun": ["All"] },
+    });
+    let path = "/api/v1/namespaces/default/pods/mine/eviction";
+    let request = http::Request::post(path).header("content-type", "application/json");
+    let _done: serde_json::Value =
+        me.request(request.body(serde_json::to_vec(&eviction).unwrap()).unwrap()).await.unwrap();
+    assert_eq!(pods.get("mine").await.unwrap().metadata.deletion_timestamp, None);
     let labels = Patch::Merge(json!({ "metadata": { "labels": { "a": "b" } } }));
     assert_eq!(code(pods.patch("mine", &PatchParams::default(), &labels).await.unwrap_err()), 403);
     let secrets: Api<Secret> = Api::default_namespaced(me.clone());

@@ -221,10 +221,18 @@ pub(crate) fn admit(
             Ok(())
         }
         ("", "pods") if subresource == Some("status") => {
-            if old.is_some_and(|old| old["metadata"]["labels"] != new["metadata"]["labels"]) {
-                return refuse(format!("node {me:?} cannot update labels through pod status"));
+            // Annotations name secrets that the node then may read; the rest is the owner's, too.
+            let Some(old) = old else { return Ok(()) };
+            // The authorizer looked before the body was read: the pod may be another one by now.
+            if old["spec"]["nodeName"] != me {
+                return refuse(format!(
+                    "node {me:?} can only update pod status for pods with spec.nodeName set to itself"
+                ));
             }
-            Ok(())
+            let touched = ["labels", "annotations", "finalizers", "ownerReferences"]
+                .into_iter()
+                .find(|part| old["metadata"][*part] != new["metadata"][*part]);
+            touched.map_or(Ok(()), |part| refuse(format!("node {me:?} cannot update {part} through pod status")))
         }
         ("coordination.k8s.io", "leases") if name != me => {
             refuse(format!("node {me:?} is not allowed to modify the lease of {name:?}"))

@@ -71,7 +71,7 @@ async fn delete_pods(server: &Server, node: &str) {
             continue;
         }
         let mut options = DeleteOptions::background().with_uid(pod.uid());
-        options.options["gracePeriodSeconds"] = 0.into();
+        options.given["gracePeriodSeconds"] = 0.into();
         match delete_object(server, &resource, pod.key(), &options).await {
             Ok(_) => tracing::info!(pod = ?pod.key(), node, "deleted a pod whose node is gone"),
             Err(status) if status.code == 404 || status.code == 409 => {}

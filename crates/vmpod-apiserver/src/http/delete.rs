@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::list::{Selection, list_bytes};
 use super::{Call, read, respond, write};
 use crate::deletion::{self, Deletion};
+use crate::identity::{Identity, MASTERS};
 use crate::kinds::{self, Resource};
 use crate::namespaces;
 use crate::server::{CRDS, Server, storage_name};
@@ -18,19 +19,21 @@ use crate::store::{Change, Key, Object};
 /// `DeleteOptions`, with the query parameters merged in.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
-    pub(crate) options: Value,
+    pub(crate) given: Value,
     pub(crate) dry_run: bool,
+    /// Only when the pod is on this node: who asks is its kubelet.
+    pub(crate) on_node: Option<String>,
 }
 
 impl Options {
     /// Delete in the background, whatever the object's usual grace is.
     pub(crate) fn background() -> Self {
-        Self { options: json!({ "propagationPolicy": "Background" }), dry_run: false }
+        Self { given: json!({ "propagationPolicy": "Background" }), dry_run: false, on_node: None }
     }
 
     /// With a precondition, so that only the very object that was looked at goes.
     pub(crate) fn with_uid(mut self, uid: &str) -> Self {
-        self.options["preconditions"] = json!({ "uid": uid });
+        self.given["preconditions"] = json!({ "uid": uid });
         self
     }
 
@@ -57,7 +60,13 @@ impl Options {
             );
             return Err(Status::invalid_kind("", "DeleteOptions", "", vec![why]));
         }
-        Ok(Self { options, dry_run })
+        Ok(Self { given: options, dry_run, on_node: None }.asked_by(&call.identity))
+    }
+
+    /// A kubelet deletes pods of its own node only.
+    pub(super) fn asked_by(mut self, identity: &Identity) -> Self {
+        self.on_node = identity.node_name().filter(|_| !identity.in_group(MASTERS)).map(str::to_owned);
+        self
     }
 }
 
@@ -85,9 +94,16 @@ pub(crate) async fn delete_object(
     let mut gone = false;
     let written = write::commit(server, key, None, options.dry_run, |old, _| {
         let old = old.ok_or_else(|| Status::not_found(resource, &key.name))?;
+        // The authorizer looked before the body was read: the pod may be another one by now.
+        if let Some(node) = options.on_node.as_deref().filter(|_| &*key.resource == "pods")
+            && old.digest()["spec"]["nodeName"] != node
+        {
+            let why = format!("node {node:?} can only delete pods with spec.nodeName set to itself");
+            return Err(Status::forbidden(resource, &key.name, &why));
+        }
         let before = respond::view(resource, old);
         gone = false;
-        match deletion::plan(resource, &before, &options.options, now)? {
+        match deletion::plan(resource, &before, &options.given, now)? {
             Deletion::Remove(last) => {
                 gone = true;
                 Ok(Change::Delete(last))

@@ -36,6 +36,8 @@ fn check(server: &Server, token: &str, now: Timestamp) -> Option<Authenticated> 
     let namespace = Some(bound.namespace.as_str());
     let whole = alive("serviceaccounts", namespace, &bound.serviceaccount)
         && bound.pod.as_ref().is_none_or(|pod| alive("pods", namespace, pod))
+        // A pod's token only tells the node; without a pod it is bound to the node.
+        && (bound.pod.is_some() || bound.node.as_ref().is_none_or(|node| alive("nodes", None, node)))
         && bound.secret.as_ref().is_none_or(|secret| alive("secrets", namespace, secret));
     if !whole {
         return None;

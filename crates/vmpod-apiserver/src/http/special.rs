@@ -109,11 +109,12 @@ async fn evict(call: &Call, request: Request<Body>) -> Result<Response<Body>, St
     only(call, &Method::POST)?;
     let body = call.body(request).await?;
     let eviction = decode_body(call, "eviction", &body)?;
-    let mut options = DeleteOptions::background();
+    let mut options = DeleteOptions::background().asked_by(&call.identity);
     if let Some(asked) = eviction["deleteOptions"].as_object() {
-        options.options = Value::Object(asked.clone());
+        options.given = Value::Object(asked.clone());
     }
-    options.dry_run = call.query.dry_run()?;
+    let modes = options.given["dryRun"].as_array();
+    options.dry_run = call.query.dry_run()? || modes.is_some_and(|modes| modes.iter().any(|mode| mode == "All"));
     delete_object(&call.server, &call.resource, &read::key(call)?, &options).await?;
     Ok(success())
 }
