@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use http::{Response, StatusCode};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -26,6 +27,8 @@ const BOOKMARK_EVERY: Duration = Duration::from_secs(50);
 const DEFAULT_LIFE: Duration = Duration::from_mins(45);
 /// How many pieces may wait for a slow connection before the feed's own queue fills.
 const PIECES: usize = 8;
+/// How long a client may leave a piece unread.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How many events are put into one piece.
 const BATCH: usize = 256;
 
@@ -243,15 +246,21 @@ async fn run(server: Arc<Server>, plan: Plan, pieces: mpsc::Sender<Piece>) {
             _ = tick.tick(), if bookmarks => {
                 // All events up to this revision are in the queue before the revision is visible.
                 let revision = server.store.revision();
-                while let Ok(event) = feed.events.try_recv() {
-                    events.push(event);
-                }
+                let cut_off = loop {
+                    match feed.events.try_recv() {
+                        Ok(event) => events.push(event),
+                        Err(why) => break why == TryRecvError::Disconnected,
+                    }
+                };
                 for event in events.drain(..) {
                     if let Some(line) = lens.event(&event) {
                         piece.extend_from_slice(&line);
                     }
                 }
-                piece.extend_from_slice(&lens.bookmark(revision, false));
+                // A watcher that was cut off missed events before this revision.
+                if !cut_off {
+                    piece.extend_from_slice(&lens.bookmark(revision, false));
+                }
             }
             () = tokio::time::sleep_until(end) => return,
             () = pieces.closed() => return,
@@ -271,6 +280,6 @@ async fn send(pieces: &mpsc::Sender<Piece>, piece: &mut BytesMut, end: Instant) 
     let bytes = piece.split().freeze();
     tokio::select! {
         sent = pieces.send(Ok(bytes)) => sent.is_ok(),
-        () = tokio::time::sleep_until(end) => false,
+        () = tokio::time::sleep_until(end.min(Instant::now() + PATIENCE)) => false,
     }
 }
