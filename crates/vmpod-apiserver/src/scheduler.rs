@@ -8,6 +8,7 @@ mod fit;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use serde_json::{Value, json};
@@ -23,6 +24,8 @@ use fit::{Host, Offer, Wants};
 
 /// The scheduler's name, which pods ask for.
 const NAME: &str = "default-scheduler";
+/// How long an assignment waits that the store couldn't write.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A pod that takes room on a node.
 #[derive(Debug)]
@@ -240,6 +243,10 @@ async fn write(server: Arc<Server>, key: Key, decision: Decision) -> Option<Stri
             Err(status) => {
                 if status.code != 404 && status.code != 409 {
                     tracing::warn!(pod = ?key, error = %status, "a pod can't be assigned");
+                }
+                if status.code >= 500 {
+                    // The pod keeps its place meanwhile: it is tried again when this returns.
+                    tokio::time::sleep(RETRY_AFTER).await;
                 }
                 Some(uid)
             }
