@@ -189,7 +189,7 @@ pub(crate) struct NodeMachines {
     pub(crate) accel: Option<Accel>,
     #[command(flatten)]
     pub(crate) qemu: Qemu,
-    /// A registry that may be spoken to without TLS, HOST[:PORT] (repeatable; loopback always may)
+    /// A registry that may be spoken to without TLS, HOST or HOST:PORT (repeatable; loopback always may)
     #[arg(long, value_name = "HOST")]
     pub(crate) plain_http: Vec<String>,
     /// One more certificate authority for registries, PEM (repeatable)

@@ -60,7 +60,7 @@ pub(crate) fn print(error: &anyhow::Error) {
     drop(stderr.write_all(render(error, Style::stderr()).as_bytes()));
 }
 
-/// The text that [`print`] writes.
+/// The text that [`print()`] writes.
 pub(crate) fn render(error: &anyhow::Error, style: Style) -> String {
     let mut lines: Vec<String> = Vec::new();
     for cause in error.chain() {
