@@ -380,10 +380,10 @@ async fn push(store: &Store, args: &args::Push) -> Result<()> {
 }
 
 fn credentials(registry: &args::Registry) -> Result<Credentials> {
-    let usual = Credentials::from_environment(|name| std::env::var_os(name));
     match &registry.auth_file {
-        None => Ok(usual),
-        Some(path) if Path::exists(path) => Ok(usual.with_file(path.clone())),
+        None => Ok(Credentials::from_environment(|name| std::env::var_os(name))),
+        // It alone: the usual files might know the registry under another name.
+        Some(path) if Path::exists(path) => Ok(Credentials::default().with_file(path.clone())),
         Some(path) => Err(Remedy::new(
             format!("there is no credentials file {}", path.display()),
             "give --auth-file a docker configuration file (config.json)",
@@ -442,6 +442,16 @@ mod tests {
         assert_eq!(near_names("debian", &names()), ["debian:12", "debian:13"]);
         assert_eq!(near_names("ubuntu", &names()), ["registry.example.com/ci/ubuntu:24.04"]);
         assert_eq!(near_names("windows", &names()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn the_file_that_was_named_is_the_only_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let path = file.path().to_owned();
+        let named = |auth_file| args::Registry { plain_http: false, ca: None, auth_file: Some(auth_file) };
+        let found = credentials(&named(path.clone())).unwrap();
+        assert_eq!(format!("{found:?}"), format!("{:?}", Credentials::default().with_file(path)));
+        assert!(credentials(&named("/no/such/file".into())).is_err());
     }
 
     #[test]
