@@ -76,7 +76,8 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
         Ok(host) => checks.extend([check_disk(&host), check_memory(&host)]),
         Err(error) => checks.push(Check::broken("host", format!("{error:#}"), "see the reason")),
     }
-    let own = home.holder()?.map(|holder| holder.pid);
+    // A home that can't be read was told above.
+    let own = home.holder().ok().flatten().map(|holder| holder.pid);
     checks.push(check_port("api port", args.api_port, "--api-port", own));
     checks.push(check_port("kubelet port", args.kubelet.kubelet_port, "--kubelet-port", own));
     checks.push(check_loopback());

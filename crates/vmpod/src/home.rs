@@ -59,14 +59,35 @@ impl Home {
         Self { root, common: self.common.clone() }
     }
 
-    /// Makes the directory, for this user only.
+    /// Makes the directory, for this user only. One that others may enter is made private only if it is empty or a home.
     pub(crate) fn make(&self) -> Result<()> {
+        if self.is_foreign().unwrap_or(false) {
+            return Err(Remedy::new(
+                format!("{} holds other things, and a home is for its user only", self.root.display()),
+                "choose a new or empty directory with --home or VMPOD_HOME",
+            )
+            .into());
+        }
         make_private(&self.root).map_err(|error| {
             anyhow::Error::new(error).context(Remedy::new(
                 format!("can't make the home {}", self.root.display()),
                 "choose a directory that you may write, with --home or VMPOD_HOME",
             ))
         })
+    }
+
+    /// Whether the directory is there, open to others, and holds something that isn't vmpod's.
+    fn is_foreign(&self) -> std::io::Result<bool> {
+        if std::fs::metadata(&self.root)?.permissions().mode() & 0o077 == 0 {
+            return Ok(false);
+        }
+        let is_empty = std::fs::read_dir(&self.root)?.next().is_none();
+        let is_locked = || {
+            let text = std::fs::read_to_string(self.lock_path()).unwrap_or_default();
+            serde_json::from_str::<Holder>(&text).is_ok()
+        };
+        let has_store = || ["images", "names", "pins"].iter().all(|part| self.root.join("images").join(part).is_dir());
+        Ok(!is_empty && !is_locked() && !has_store())
     }
 
     pub(crate) fn root(&self) -> &Path {
@@ -124,6 +145,11 @@ impl Home {
             }
             tokio::time::sleep(Duration::from_millis(30)).await;
         }
+    }
+
+    /// Takes a home that exists already, unless another process has it at this moment.
+    pub(crate) fn try_lock(&self, role: Role) -> Result<Option<Lock>> {
+        Lock::try_take(&self.lock_path(), role)
     }
 
     fn taken(&self, holder: &Holder) -> Remedy {
@@ -325,6 +351,38 @@ mod tests {
         assert_eq!(dead.images(), home.images());
         dead.remove().unwrap();
         assert_eq!(home.dead_runs().unwrap(), Vec::new());
+    }
+
+    #[tokio::test]
+    async fn whoever_clears_a_dead_run_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let home = Home::resolve(Some(dir.path())).unwrap();
+        let dead = home.ephemeral("dead");
+        drop(dead.lock(Role::Run).await.unwrap());
+        let lock = dead.try_lock(Role::Run).unwrap().unwrap();
+        assert_eq!(home.dead_runs().unwrap(), Vec::new());
+        assert!(dead.try_lock(Role::Run).unwrap().is_none());
+        drop(lock);
+        assert_eq!(home.dead_runs().unwrap(), vec![dead]);
+    }
+
+    #[tokio::test]
+    async fn a_directory_of_others_is_left_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let home = Home::resolve(Some(dir.path())).unwrap();
+        open(dir.path());
+        drop(home.lock(Role::Up).await.unwrap());
+        assert_eq!(mode(dir.path()), 0o700, "an empty one is taken");
+        open(dir.path());
+        home.make().unwrap();
+        assert_eq!(mode(dir.path()), 0o700, "a home is taken again");
+        std::fs::write(home.lock_path(), "something else").unwrap();
+        open(dir.path());
+        let error = home.make().unwrap_err().to_string();
+        assert!(error.contains("holds other things"), "{error}");
+        assert_eq!(mode(dir.path()), 0o755);
     }
 
     #[test]

@@ -88,13 +88,22 @@ pub(crate) async fn clear_dead_runs(home: &Home, qemu: &Qemu) {
         }
     };
     for run in dead {
+        // Held by another that clears it; or its lock was taken since it was looked at.
+        let _lock = match run.try_lock(Role::Run) {
+            Ok(Some(lock)) => lock,
+            Ok(None) => continue,
+            Err(error) => {
+                tracing::debug!("can't lock {}, which an earlier run left: {error:#}", run.root().display());
+                continue;
+            }
+        };
         if let Err(error) = clear(&run, qemu.clone()).await {
             tracing::warn!("can't remove {}, which an earlier run left: {error:#}", run.root().display());
         }
     }
 }
 
-/// Kills and removes all machines of a private home, then the home.
+/// Kills and removes all machines of a private home, then the home. The caller holds its lock.
 pub(crate) async fn clear(run: &Home, qemu: Qemu) -> Result<()> {
     let store = image::open(run)?;
     let machines = agent::machines(run, qemu)?;
