@@ -178,9 +178,11 @@ impl End {
     }
 }
 
-/// Puts standard input where `$1` says, in place of what is there, or into it if it is a directory (as `$2`).
-const RECEIVE: &str =
-    r#"set -e; to=$1; if [ -d "$to" ]; then to=$to/$2; fi; cat > "$to.vmpod-part"; mv -f "$to.vmpod-part" "$to""#;
+/// Puts standard input where `$1` says, in place of what is there, or into it if it is a directory (as `$2`). Fewer bytes than `$3`
+/// are the beginning of a file whose rest didn't come.
+const RECEIVE: &str = r#"set -e; to=$1; if [ -d "$to" ]; then to=$to/$2; fi; part=$to.vmpod-part; cat > "$part"
+if [ "$(wc -c < "$part")" -lt "$3" ]; then rm -f "$part"; echo "the file did not come whole" >&2; exit 1; fi
+mv -f "$part" "$to""#;
 
 /// `vmpod cp`.
 pub(crate) async fn copy(home: &Home, args: args::Cp) -> Result<Exit> {
@@ -207,13 +209,17 @@ pub(crate) async fn copy(home: &Home, args: args::Cp) -> Result<Exit> {
 
 async fn upload(api: &Api<Pod>, pod: &str, from: &str, to: &str) -> Result<()> {
     let name = std::path::Path::new(from).file_name().map_or("stdin".into(), |n| n.to_string_lossy().into_owned());
-    let command = ["sh", "-c", RECEIVE, "vmpod", to, if from == "-" { "stdin" } else { &name }].map(str::to_owned);
     let params = AttachParams { stdin: true, stdout: false, stderr: true, ..buffers() };
+    let mut size = 0;
     let source: Box<dyn AsyncRead + Unpin + Send> = if from == "-" {
         Box::new(tokio::io::stdin())
     } else {
         let file = tokio::fs::File::open(from).await.with_context(|| format!("can't open {from}"))?;
-        if file.metadata().await.with_context(|| format!("can't look at {from}"))?.is_dir() {
+        let metadata = file.metadata().await.with_context(|| format!("can't look at {from}"))?;
+        if metadata.is_file() {
+            size = metadata.len();
+        }
+        if metadata.is_dir() {
             return Err(Remedy::new(
                 format!("{from} is a directory, and only files can be copied"),
                 format!("pack it: `tar c {from} | vmpod exec -i {pod} -- tar x`"),
@@ -222,20 +228,45 @@ async fn upload(api: &Api<Pod>, pod: &str, from: &str, to: &str) -> Result<()> {
         }
         Box::new(file)
     };
+    let name = if from == "-" { "stdin" } else { &name };
+    let command = ["sh", "-c", RECEIVE, "vmpod", to, name, &size.to_string()].map(str::to_owned);
     let mut process = start(api, pod, command.to_vec(), &params).await?;
-    let to_guest = process.stdin().context("the exec has no input")?;
-    let feeding = tokio::spawn(feed(source, to_guest));
-    let result = finish(process, pod, to, None).await;
-    feeding.abort();
-    result
+    let mut to_guest = process.stdin().context("the exec has no input")?;
+    let fed = tokio::select! {
+        // The guest's end of it tells more than a pipe that broke.
+        biased;
+        result = finish(&mut process, pod, to, None) => return result,
+        error = unreadable(source, &mut to_guest) => error,
+    };
+    // Before the input's end can reach the guest, which would take it for the file's.
+    process.abort();
+    Err(fed).with_context(|| format!("can't read {from}"))
+}
+
+/// Copies a file to a command, which sees its end, and never returns unless the file can't be read: then the command sees no end.
+async fn unreadable(mut from: impl AsyncRead + Unpin, to: &mut (impl AsyncWrite + Unpin)) -> std::io::Error {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let n = match from.read(&mut buffer).await {
+            Ok(n) => n,
+            Err(error) => return error,
+        };
+        let passed = if n == 0 { to.shutdown().await } else { to.write_all(&buffer[..n]).await };
+        if let Err(error) = &passed {
+            tracing::debug!(%error, "the command reads no more");
+        }
+        if n == 0 || passed.is_err() {
+            return std::future::pending().await;
+        }
+    }
 }
 
 async fn download(api: &Api<Pod>, pod: &str, from: &str, to: &str) -> Result<()> {
     let command = ["cat", "--", from].map(str::to_owned).to_vec();
     let params = AttachParams { stdin: false, stdout: true, stderr: true, ..buffers() };
-    let process = start(api, pod, command, &params).await?;
+    let mut process = start(api, pod, command, &params).await?;
     if to == "-" {
-        return finish(process, pod, from, Some(Box::new(tokio::io::stdout()))).await;
+        return finish(&mut process, pod, from, Some(Box::new(tokio::io::stdout()))).await;
     }
     let mut target = std::path::PathBuf::from(to);
     if target.is_dir() {
@@ -252,14 +283,14 @@ async fn download(api: &Api<Pod>, pod: &str, from: &str, to: &str) -> Result<()>
         .tempfile_in(&dir)
         .with_context(|| format!("can't write in {}", dir.display()))?;
     let file = part.reopen().with_context(|| format!("can't write in {}", dir.display()))?;
-    finish(process, pod, from, Some(Box::new(tokio::fs::File::from_std(file)))).await?;
+    finish(&mut process, pod, from, Some(Box::new(tokio::fs::File::from_std(file)))).await?;
     part.persist(&target).with_context(|| format!("can't write {}", target.display()))?;
     Ok(())
 }
 
 /// Waits for a copying command and turns what it complains of into an error.
 async fn finish(
-    mut process: AttachedProcess,
+    process: &mut AttachedProcess,
     pod: &str,
     path: &str,
     output: Option<Box<dyn AsyncWrite + Unpin + Send>>,
@@ -307,6 +338,44 @@ mod tests {
         assert_eq!(exit_of(&status(json!({"status": "Success"})), "p").unwrap(), Exit::Done);
         let broken = status(json!({"status": "Failure", "reason": "InternalError", "message": "no guest"}));
         assert!(exit_of(&broken, "p").unwrap_err().to_string().contains("no guest"));
+    }
+
+    #[tokio::test]
+    async fn a_file_that_can_not_be_read_has_no_end() {
+        struct Broken;
+        impl AsyncRead for Broken {
+            fn poll_read(
+                self: std::pin::Pin<&mut Self>,
+                _: &mut std::task::Context<'_>,
+                _: &mut tokio::io::ReadBuf<'_>,
+            ) -> std::task::Poll<std::io::Result<()>> {
+                std::task::Poll::Ready(Err(std::io::Error::other("bad sector")))
+            }
+        }
+        let (mut ours, mut theirs) = tokio::io::duplex(64);
+        let error = unreadable((&b"begin"[..]).chain(Broken), &mut ours).await;
+        assert_eq!(error.to_string(), "bad sector");
+        let mut came = [0; 5];
+        theirs.read_exact(&mut came).await.unwrap();
+        let end = tokio::time::timeout(std::time::Duration::from_millis(50), theirs.read(&mut came)).await;
+        assert!(end.is_err(), "the command must not see an end");
+    }
+
+    #[test]
+    fn what_did_not_come_whole_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let to = dir.path().join("file");
+        let receive = |size: &str| {
+            let input = dir.path().join("input");
+            std::fs::write(&input, "12345").unwrap();
+            let words = ["-c", RECEIVE, "vmpod", to.to_str().unwrap(), "name", size];
+            let stdin = std::fs::File::open(input).unwrap();
+            std::process::Command::new("sh").args(words).stdin(stdin).output().unwrap().status.success()
+        };
+        assert!(!receive("6"));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing but the input is there");
+        assert!(receive("5") && receive("0"));
+        assert_eq!(std::fs::read_to_string(&to).unwrap(), "12345");
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::image;
 use crate::interrupts::{Interrupt, Interrupts};
 use crate::output::{self, Progress, talk};
 use crate::pods;
-use crate::report::{Exit, Remedy};
+use crate::report::{self, Exit, Remedy};
 use crate::stack::{Plan, Stack};
 use crate::up;
 
@@ -146,7 +146,13 @@ async fn in_pod(client: Client, pod: Pod, args: &args::Run, mut interrupts: Inte
     };
     match ended {
         Ok(exit) if args.keep => Ok(exit),
-        Ok(exit) => remove(&client, &name, &mut interrupts).await.map(|()| exit),
+        Ok(exit) => {
+            // What the command did is the result; what is left of the pod is said.
+            if let Err(error) = remove(&client, &name, &mut interrupts).await {
+                report::print(&error);
+            }
+            Ok(exit)
+        }
         Err(interrupt) => {
             remove(&client, &name, &mut interrupts).await?;
             Ok(Exit::Command(interrupt.code()))
