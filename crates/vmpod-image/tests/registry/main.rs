@@ -342,8 +342,8 @@ async fn registries_with_tokens_and_passwords() {
     }
 }
 
-/// A login of `kind`, for the world's registry.
-fn login(world: &World, entry: serde_json::Value) -> PullOptions {
+/// Options with a docker configuration's entry for the world's registry.
+fn login(world: &World, entry: &serde_json::Value) -> PullOptions {
     let text = serde_json::json!({"auths": {world.registry.host(): entry}});
     PullOptions { credentials: Credentials::default().with_docker_config(text.to_string()), ..pull_options() }
 }
@@ -355,7 +355,7 @@ async fn a_registry_that_takes_no_token_is_left_alone() {
     world.registry.require(true, "user", "secret");
     // Each token is new, and none is ever good.
     world.registry.expire_tokens_after(0);
-    let options = login(&world, serde_json::json!({"username": "user", "password": "secret"}));
+    let options = login(&world, &serde_json::json!({"username": "user", "password": "secret"}));
     let reference = world.remote("ci/a:1");
     let pulled = tokio::time::timeout(Duration::from_secs(20), pull(&world.there, &reference, options)).await;
     let error = pulled.expect("it ends").unwrap_err();
@@ -369,7 +369,7 @@ async fn credentials_go_where_they_belong() {
     world.published(1).await;
     let elsewhere = Registry::start().await;
     elsewhere.require(true, "user", "secret");
-    let basic = login(&world, serde_json::json!({"username": "user", "password": "secret"}));
+    let basic = login(&world, &serde_json::json!({"username": "user", "password": "secret"}));
     let reference = world.remote("ci/a:1");
     world.registry.redirect("/blobs/", elsewhere.host());
     let error = pull(&world.there, &reference, basic.clone()).await.unwrap_err();
@@ -378,7 +378,7 @@ async fn credentials_go_where_they_belong() {
 
     world.registry.require(true, "user", "secret");
     world.registry.redirect("/token", elsewhere.host());
-    let identity = login(&world, serde_json::json!({"identitytoken": "secret"}));
+    let identity = login(&world, &serde_json::json!({"identitytoken": "secret"}));
     for options in [basic, identity] {
         let error = pull(&world.there, &reference, options).await.unwrap_err();
         assert!(chain(&error).contains("answered 307"), "{}", chain(&error));
