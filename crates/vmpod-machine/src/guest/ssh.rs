@@ -269,7 +269,13 @@ impl Link for SshLink {
         loop {
             self.until_ready().await?;
             let answer = match self.script(&script, &[name], Vec::new()).await {
-                Ok((status, out, stderr)) => supervisor::exit_code(name, &status, &out, &stderr),
+                Ok((status, out, stderr)) => {
+                    let answer = supervisor::exit_code(name, &status, &out, &stderr);
+                    if matches!(answer, Err(GuestError::Lost { .. })) {
+                        tokio::time::sleep(supervisor::AGAIN).await;
+                    }
+                    answer
+                }
                 Err(error) => Err(error),
             };
             match answer {

@@ -28,6 +28,9 @@ use tokio::io::AsyncReadExt;
 use super::main_process::{MainCommand, Offset, OutputChunk, Started, StdStream};
 use super::{BoxRead, BoxWrite, ExecSession, ExitStatus, GuestError, carry, shell};
 
+/// How long until a script that was lost in the guest, and not with the connection, is run again.
+pub(super) const AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// Finds the directory `$m` of the main process `$1`, for this boot.
 const FIND: &str = r#"
 name=$1
@@ -84,12 +87,14 @@ const UNTIL_GONE: &str = r#"
 exec 8<>"$m/live"
 exec 7<"$m/live"
 exec 8>&-
-cat <&7 >/dev/null
+cat <&7 >/dev/null || exit 1
 "#;
 
-/// Waits and prints the exit code.
+/// Waits and prints the exit code. Only 66 and 67 say that it can't be known any more; with anything else, it is the one
+/// who waits that was lost (killed for want of memory, say), and somebody else has to.
 const EXIT: &str = r#"
-cat "$m/exit" 2>/dev/null || { echo 'its supervisor was killed' >&2; exit 67; }
+[ -e "$m/exit" ] || { echo 'its supervisor was killed' >&2; exit 67; }
+cat "$m/exit"
 "#;
 
 /// Prints both outputs from `$2` and `$3` bytes on as they grow, until the supervisor is gone or our input ends. Nothing
@@ -106,10 +111,10 @@ exec 8>&-
 cat <&7 >/dev/null 3<&- & c=$!
 ( cat <&3 >/dev/null; kill "$a" "$b" "$c" ) >/dev/null 7<&- & d=$!
 exec 3<&-
-wait "$c"
+wait "$c"; code=$?
 kill "$a" "$b" "$d"
 wait "$a" "$b"
-exit 0
+exit "$code"
 "#;
 
 /// Prints what is there beyond `$2` and `$3` bytes.
@@ -200,7 +205,8 @@ pub(super) fn exit_code(
     match (status, code) {
         (ExitStatus::Code(0), Some(code)) => Ok(ExitStatus::Code(code)),
         (ExitStatus::Code(0), None) => Err(GuestError::Lost { why: "the exit code didn't arrive".to_owned() }),
-        _ => Err(gone(name, &String::from_utf8_lossy(stderr))),
+        (ExitStatus::Code(66 | 67), _) => Err(gone(name, &String::from_utf8_lossy(stderr))),
+        (status, _) => Err(GuestError::Lost { why: format!("who waited for its end ended with {}", status.code()) }),
     }
 }
 
@@ -315,6 +321,8 @@ impl<R: Runner> Follower<R> {
                         return Err(gone(&self.name, "it was not started since the guest booted"));
                     }
                     (_, status) => {
+                        // A guest that can't run a reader now may be able to in a while.
+                        tokio::time::sleep(AGAIN).await;
                         return Err(GuestError::Lost { why: format!("the reader ended with {}", status.code()) });
                     }
                 };

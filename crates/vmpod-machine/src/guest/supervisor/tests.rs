@@ -213,6 +213,31 @@ async fn a_killed_supervisor_is_told_from_an_exit() {
     }
 }
 
+/// Kills every `cat` that reads from the main process's `live`.
+async fn kill_watchers(process: &Process) {
+    let script = format!(
+        "{FIND}for p in /proc/[0-9]*; do [ \"$(readlink $p/fd/0)\" = \"$m/live\" ] && kill -9 \"${{p#/proc/}}\"; done; :"
+    );
+    process.host.open(&script, &[&process.name], false).await.unwrap().output().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_killed_watcher_is_no_end() {
+    for shell in SHELLS {
+        let process = Process::new(shell);
+        process.start(&sh("echo one; sleep 3; echo two; exit 4")).await.unwrap();
+        let all = process.all(Offset::default());
+        let killed = async {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            kill_watchers(&process).await;
+        };
+        let (waited, (out, _), ()) = tokio::join!(process.wait(), all, killed);
+        assert!(matches!(waited, Err(GuestError::Lost { .. })), "{waited:?}");
+        assert_eq!(out, "one\ntwo\n", "whoever reads goes on");
+        assert_eq!(process.wait().await.unwrap(), ExitStatus::Code(4));
+    }
+}
+
 #[tokio::test]
 async fn what_was_never_started_is_said_to_be_so() {
     for shell in SHELLS {
