@@ -191,7 +191,7 @@ impl Machines {
                 return Err(MachineError::Exists(spec.id));
             }
             // A directory from an earlier life of the agent, which was not adopted.
-            return match self.adopt_one(&dir).await {
+            return match self.adopt_one(&dir).await? {
                 (_, Some(machine)) => Ok(machine),
                 (found, None) => Err(MachineError::Start { id: spec.id, why: format!("{found:?}") }),
             };
@@ -241,7 +241,9 @@ impl Machines {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(REMOVING) {
                 // The agent died while it removed this machine.
-                std::fs::remove_dir_all(entry.path()).map_err(io_error("remove", &entry.path()))?;
+                if let Err(error) = std::fs::remove_dir_all(entry.path()) {
+                    tracing::warn!(path = %entry.path().display(), %error, "what is left of a machine can't be removed");
+                }
             } else if let Ok(id) = MachineId::parse(name) {
                 names.push(id);
             }
@@ -250,13 +252,14 @@ impl Machines {
         let all = names.into_iter().map(|id| async move {
             let _changing = self.changing(&id).await;
             let dir = MachineDir::new(&self.inner.root, &id);
-            let (found, _) = self.adopt_one(&dir).await;
-            (id, found)
+            let (found, _) = self.adopt_one(&dir).await?;
+            Ok((id, found))
         });
-        Ok(futures::future::join_all(all).await)
+        futures::future::join_all(all).await.into_iter().collect()
     }
 
-    async fn adopt_one(&self, dir: &MachineDir) -> (Adopted, Option<Machine>) {
+    /// An error when a file can't be read now: of what may be read later nothing must be concluded.
+    async fn adopt_one(&self, dir: &MachineDir) -> Result<(Adopted, Option<Machine>), MachineError> {
         if let Some(machine) = self.get(dir.id()) {
             let found = match &*machine.state().borrow() {
                 State::Stopped(exit) => Adopted::Stopped(exit.clone()),
@@ -264,14 +267,15 @@ impl Machines {
                 State::Failed(why) => Adopted::Broken(why.clone()),
                 _ => Adopted::Running,
             };
-            return (found, Some(machine));
+            return Ok((found, Some(machine)));
         }
         let hypervisor = &self.inner.hypervisor;
-        let broken = |why: String| (Adopted::Broken(why), None);
+        let broken = |why: String| Ok((Adopted::Broken(why), None));
         let spec: Spec = match directory::read_json(&dir.spec()) {
             Ok(Some(spec)) => spec,
             Ok(None) => return broken("it has no spec.json: its creation was cut short".to_owned()),
-            Err(error) => return broken(format!("its spec.json can't be read: {error}")),
+            Err(error) if is_damage(&error) => return broken(format!("its spec.json can't be read: {error}")),
+            Err(error) => return Err(io_error("read", &dir.spec())(error)),
         };
         if spec.id != *dir.id() {
             return broken(format!("its spec.json is of machine {}", spec.id));
@@ -280,27 +284,29 @@ impl Machines {
         match directory::read_json::<Exit>(&dir.exit()) {
             Ok(Some(exit)) => {
                 let machine = self.drive(&spec, dir, State::Stopped(exit.clone()), None);
-                return (Adopted::Stopped(exit), Some(machine));
+                return Ok((Adopted::Stopped(exit), Some(machine)));
             }
             Ok(None) => {}
-            Err(error) => return broken(format!("its exit.json can't be read: {error}")),
+            Err(error) if is_damage(&error) => return broken(format!("its exit.json can't be read: {error}")),
+            Err(error) => return Err(io_error("read", &dir.exit())(error)),
         }
         match hypervisor.find(&spec, dir).await {
             Err(error) => broken(error_chain(&error)),
             Ok(Some(process)) => {
                 let machine = self.drive(&spec, dir, State::Running, Some(process));
-                (Adopted::Running, Some(machine))
+                Ok((Adopted::Running, Some(machine)))
             }
             Ok(None) => match hypervisor.autopsy(&spec, dir).await {
                 Err(error) => broken(error_chain(&error)),
-                Ok(None) => (Adopted::Prepared, Some(self.drive(&spec, dir, State::Preparing, None))),
+                Ok(None) => Ok((Adopted::Prepared, Some(self.drive(&spec, dir, State::Preparing, None)))),
                 Ok(Some(exit)) => {
                     if let Err(error) = directory::write_json(&dir.exit(), &exit) {
-                        return broken(format!("its exit.json can't be written: {error}"));
+                        // Whoever comes next finds the same out again.
+                        tracing::warn!(machine = %dir.id(), %error, "its exit.json can't be written");
                     }
                     self.inner.faults.hit("machines: exit recorded").await;
                     let machine = self.drive(&spec, dir, State::Stopped(exit.clone()), None);
-                    (Adopted::Stopped(exit), Some(machine))
+                    Ok((Adopted::Stopped(exit), Some(machine)))
                 }
             },
         }
@@ -395,6 +401,12 @@ impl Machines {
 }
 
 const REMOVING: &str = ".removing-";
+
+/// Whether a file that couldn't be read is not what it should be, and will not be later.
+fn is_damage(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotADirectory, UnexpectedEof};
+    matches!(error.kind(), InvalidData | NotADirectory | UnexpectedEof)
+}
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> MachineError {
     let path = path.to_owned();

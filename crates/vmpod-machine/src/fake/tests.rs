@@ -145,3 +145,22 @@ async fn a_crash_at_any_point_loses_no_machine_and_doubles_none() {
         assert!(world.most_live("a") <= 1);
     }
 }
+
+#[tokio::test]
+async fn damage_is_told_from_what_can_not_be_read_now() {
+    let root = tempfile::tempdir().unwrap();
+    let world = World::new();
+    let spec = root.path().join("a/spec.json");
+    std::fs::create_dir_all(spec.parent().unwrap()).unwrap();
+    // What an earlier agent couldn't remove is no reason not to come up.
+    std::fs::write(root.path().join(".removing-b"), "").unwrap();
+    std::fs::write(&spec, "{").unwrap();
+    let machines = Machines::open(root.path(), world.hypervisor()).unwrap();
+    let found = machines.adopt().await.unwrap();
+    assert!(matches!(&found[..], [(_, Adopted::Broken(why))] if why.contains("spec.json")), "{found:?}");
+    // A directory can be read by nobody, root included.
+    std::fs::remove_file(&spec).unwrap();
+    std::fs::create_dir(&spec).unwrap();
+    let error = machines.adopt().await.unwrap_err();
+    assert!(error.to_string().ends_with("a/spec.json"), "{error}");
+}
