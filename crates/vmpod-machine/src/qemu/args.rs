@@ -128,6 +128,9 @@ pub(super) fn disk_node(index: usize) -> String {
 /// with its machine, and a machine doesn't survive its host. What the guest wrote stays in the host's page cache when
 /// QEMU is killed, so it can still be read and captured afterwards; only a crash of the host loses it, and fsync in the
 /// guest, which dominates package installs and database tests, costs nothing. Discards shrink the file again.
+///
+/// A write that fails is reported to the guest. By itself QEMU would stop the whole guest when the host's disk is full, and
+/// nobody would see why.
 fn disks(line: &mut Line, spec: &Spec) {
     for (index, disk) in spec.disks.iter().enumerate() {
         let node = disk_node(index);
@@ -148,7 +151,10 @@ fn disks(line: &mut Line, spec: &Spec) {
         // Only for firmware: a kernel that QEMU loads itself takes the first place in the boot order.
         let first = index == 0 && matches!(spec.boot, Boot::Firmware(_));
         let bootindex = if first { ",bootindex=0" } else { "" };
-        line.add("-device", format!("virtio-blk-pci,id=blk{index},drive={node}{bootindex}"));
+        line.add(
+            "-device",
+            format!("virtio-blk-pci,id=blk{index},drive={node},werror=report,rerror=report{bootindex}"),
+        );
     }
     if spec.seed.is_some() {
         let drive = json!({
@@ -224,7 +230,7 @@ mod tests {
         let mut spec = spec("a");
         spec.disks = vec![Disk { path: "root.qcow2".into(), format: DiskFormat::Qcow2 }];
         let text = show(&spec, None);
-        assert!(text.ends_with("-device virtio-blk-pci,id=blk0,drive=disk0"), "{text}");
+        assert!(text.ends_with("-device virtio-blk-pci,id=blk0,drive=disk0,werror=report,rerror=report"), "{text}");
     }
 
     #[test]
