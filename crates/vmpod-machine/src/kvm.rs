@@ -84,17 +84,22 @@ pub async fn probe(qemu: &Qemu, cache: &Path) -> Kvm {
         && !boot.is_empty()
         && cached.boot == boot
         && cached.program == program
-        // Permissions change without a boot.
-        && !matches!(cached.kvm, Kvm::Absent | Kvm::Denied(_))
+        && lasts(&cached.kvm)
     {
         return cached.kvm;
     }
-    let kvm = probe_now(qemu, "kvm", LIMIT).await;
-    let cached = Cached { boot, program, kvm };
-    if let Err(error) = write_json(cache, &cached) {
+    let cached = Cached { boot, program, kvm: probe_now(qemu, "kvm", LIMIT).await };
+    if lasts(&cached.kvm)
+        && let Err(error) = write_json(cache, &cached)
+    {
         tracing::debug!(%error, "the KVM probe's answer can't be kept");
     }
     cached.kvm
+}
+
+/// Whether an answer holds until the next boot. Permissions change without one, and so does what is installed.
+fn lasts(kvm: &Kvm) -> bool {
+    matches!(kvm, Kvm::Works | Kvm::Hangs)
 }
 
 async fn probe_now(qemu: &Qemu, accel: &str, limit: Duration) -> Kvm {
@@ -206,11 +211,15 @@ mod tests {
         let qemu = Qemu::default();
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
         let program = qemu.program.display().to_string();
-        let kept = Kvm::Fails("kept".to_owned());
-        write_json(&cache, &Cached { boot, program: program.clone(), kvm: kept.clone() }).unwrap();
+        let kept = Kvm::Hangs;
+        write_json(&cache, &Cached { boot: boot.clone(), program: program.clone(), kvm: kept.clone() }).unwrap();
         assert_eq!(probe(&qemu, &cache).await, kept);
         let nothing = Qemu { program: "/nonexistent/qemu".into() };
         write_json(&cache, &Cached { boot: "another".to_owned(), program, kvm: kept.clone() }).unwrap();
         assert_ne!(probe(&nothing, &cache).await, kept);
+        // A program that can't be run may be installed in a moment.
+        let (program, kvm) = (nothing.program.display().to_string(), Kvm::Fails("kept".to_owned()));
+        write_json(&cache, &Cached { boot, program, kvm: kvm.clone() }).unwrap();
+        assert_ne!(probe(&nothing, &cache).await, kvm);
     }
 }
