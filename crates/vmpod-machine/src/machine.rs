@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 
 use crate::console;
 use crate::directory::{self, MachineDir};
@@ -203,6 +204,7 @@ impl Driver {
     pub(crate) async fn run(mut self) {
         let mut exiting = self.process.clone().map(watch_exit);
         let mut trim = tokio::time::interval(TRIM_EVERY);
+        let mut asking = JoinSet::new();
         loop {
             let deadline = match &*self.state.borrow() {
                 State::Stopping { deadline } if self.process.is_some() => Some(*deadline),
@@ -212,11 +214,16 @@ impl Driver {
                 command = self.commands.recv() => match command {
                     None => return,
                     Some(Command::Stats(answer)) => {
-                        let stats = match &self.process {
-                            Some(process) => process.stats().await,
-                            None => Err(HypervisorError::Unsupported("the machine has no process".to_owned())),
-                        };
-                        answer.send(stats).ok();
+                        // Beside the rest: a process that doesn't answer must still be killed when that is asked for.
+                        while asking.try_join_next().is_some() {}
+                        let process = self.process.clone();
+                        asking.spawn(async move {
+                            let stats = match process {
+                                Some(process) => process.stats().await,
+                                None => Err(HypervisorError::Unsupported("the machine has no process".to_owned())),
+                            };
+                            answer.send(stats).ok();
+                        });
                         continue;
                     }
                     Some(Command::Input(input, answer)) => {

@@ -173,6 +173,9 @@ pub(super) fn exit_from_log(log: &Path, at: Timestamp) -> Exit {
     Exit { cause, at, detail: last.map(ToOwned::to_owned) }
 }
 
+/// How long a killed process may take to be gone.
+const GONE: Duration = Duration::from_secs(15);
+
 /// Kills the process that holds a machine's lock, and waits until it is gone.
 pub(super) async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), HypervisorError> {
     let handle = Handle::open(pid)?;
@@ -180,7 +183,10 @@ pub(super) async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), Hyperv
     let still = identity(Path::new(&format!("/proc/{pid}/fd/0")));
     if still.is_some() && still == identity(&dir.file(LOCK)) {
         handle.kill()?;
-        handle.gone().await;
+        if tokio::time::timeout(GONE, handle.gone()).await.is_err() {
+            let why = format!("process {pid} was killed and is still there: it may wait for a disk");
+            return Err(HypervisorError::Unresponsive { why });
+        }
     }
     Ok(())
 }

@@ -96,11 +96,15 @@ impl Qmp {
         lock(&self.pending).as_mut().ok_or_else(closed)?.insert(id, answer);
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
         line.push('\n');
-        self.writer.lock().await.write_all(line.as_bytes()).await.map_err(|_| closed())?;
-        match tokio::time::timeout(LIMIT, result).await {
+        // A QEMU that hangs doesn't read, either.
+        let exchange = async {
+            self.writer.lock().await.write_all(line.as_bytes()).await.map_err(|_| closed())?;
+            result.await.map_err(|_| closed())
+        };
+        match tokio::time::timeout(LIMIT, exchange).await {
             Ok(Ok(Ok(value))) => Ok(value),
             Ok(Ok(Err(why))) => Err(HypervisorError::Refused { command: command.to_owned(), why }),
-            Ok(Err(_)) => Err(closed()),
+            Ok(Err(error)) => Err(error),
             Err(_) => {
                 if let Some(pending) = lock(&self.pending).as_mut() {
                     pending.remove(&id);
