@@ -16,6 +16,7 @@ mod backoff;
 mod collect;
 mod env;
 mod events;
+mod holders;
 mod host;
 mod image_pull;
 pub mod logs;
@@ -36,9 +37,26 @@ mod translate;
 mod worker;
 mod world;
 
+pub use holders::{holder_scope, release_all};
 pub use node::{Node, NodeError};
 pub use options::{Capacity, Kubelet, MachineDefaults, Options, Registries};
 pub use record::RecordError;
+
+/// How long a single request to the API may take.
+const REQUEST: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Bounds a request: a server that accepted it and fell silent mustn't stop what is repeated for ever.
+pub(crate) async fn limited<T>(request: impl Future<Output = Result<T, kube::Error>>) -> Result<T, kube::Error> {
+    within(REQUEST, request).await
+}
+
+async fn within<T>(
+    limit: std::time::Duration,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, kube::Error> {
+    let silent = || kube::Error::Service(format!("no answer within {limit:?}").into());
+    tokio::time::timeout(limit, request).await.unwrap_or_else(|_| Err(silent()))
+}
 
 /// An error and its sources in one line, for texts that users of the API see.
 pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
@@ -54,4 +72,17 @@ pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
         source = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_silent_server_is_a_failed_request() {
+        let limit = std::time::Duration::from_millis(10);
+        let error = within(limit, std::future::pending::<Result<(), _>>()).await.unwrap_err();
+        assert!(error_chain(&error).contains("no answer within 10ms"), "{error}");
+        assert!(limited(async { Ok(()) }).await.is_ok());
+    }
 }

@@ -8,7 +8,6 @@ use std::{
     time::Duration,
 };
 
-use futures::StreamExt as _;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
@@ -25,7 +24,9 @@ use crate::{
     agent::Agent,
     error_chain,
     events::{Events, Kind},
+    holders,
     host::Host,
+    limited,
     plan::MachineSeen,
     pod::{PodUid, Requests},
     record::{Kept, Record, RecordError, Records},
@@ -70,6 +71,8 @@ pub struct Node {
     keep_vms: bool,
     shutdown_grace: Duration,
     left: Left,
+    /// Machines that no pod has any more, by the UID of the pod that had them; cancelled when they are gone.
+    removing: HashMap<PodUid, CancellationToken>,
     ready: watch::Sender<bool>,
 }
 
@@ -149,6 +152,7 @@ impl Node {
             address: options.address,
             client: options.client,
             store: options.store,
+            scope: holders::holder_scope(options.machines.root()),
             machines: options.machines,
             accel: options.accel,
             defaults: options.defaults,
@@ -166,6 +170,7 @@ impl Node {
             keep_vms: options.keep_vms,
             shutdown_grace: options.shutdown_grace,
             left,
+            removing: HashMap::new(),
             ready: watch::Sender::new(false),
         })
     }
@@ -240,7 +245,7 @@ impl Node {
                     let Some(change) = change else { break Ok(()) };
                     if let (true, Change::All(all)) = (first, &change) {
                         first = false;
-                        self.take_over(all).await;
+                        self.take_over(all, &mut tasks).await;
                         self.ready.send_replace(true);
                     } else {
                         self.take(change);
@@ -262,7 +267,8 @@ impl Node {
     async fn register(&self) -> k8s_openapi::api::core::v1::Node {
         let mut wait = Duration::from_millis(200);
         loop {
-            match registration::register(&self.world.client, &self.profile, &self.world.store).await {
+            match limited(Box::pin(registration::register(&self.world.client, &self.profile, &self.world.store))).await
+            {
                 Ok(node) => return node,
                 Err(error) => tracing::warn!(
                     error = error_chain(&error),
@@ -275,25 +281,27 @@ impl Node {
     }
 
     /// Matches what an earlier agent left with the first whole list: only now is it known what nobody wants any more.
-    async fn take_over(&mut self, all: &BTreeMap<PodUid, Arc<Pod>>) {
+    async fn take_over(&mut self, all: &BTreeMap<PodUid, Arc<Pod>>, removals: &mut JoinSet<()>) {
         let left = std::mem::take(&mut self.left);
         let current: HashMap<MachineId, PodUid> =
             left.records.values().filter_map(|record| Some((record.machine()?, record.uid.clone()))).collect();
         let mut residues: HashMap<PodUid, MachineSeen> = HashMap::new();
-        let mut orphans = Vec::new();
+        let mut orphans: HashMap<PodUid, Vec<MachineId>> = HashMap::new();
         for (id, adopted) in &left.machines {
             match current.get(id) {
                 Some(uid) => {
                     residues.insert(uid.clone(), self.residue(id, adopted));
                 }
                 // A pod's machine that no record speaks of. Machines that people made are left alone.
-                None if PodUid::of_machine(id).is_some() => orphans.push(id.clone()),
-                None => {}
+                None => {
+                    if let Some((uid, _)) = PodUid::of_machine(id) {
+                        orphans.entry(uid).or_default().push(id.clone());
+                    }
+                }
             }
         }
-        let present: HashSet<_> =
-            left.machines.iter().map(|(id, _)| id.clone()).filter(|id| !orphans.contains(id)).collect();
-        futures::stream::iter(orphans).for_each_concurrent(8, |id| self.remove_orphan(id)).await;
+        let present: HashSet<_> = left.machines.iter().map(|(id, _)| id.clone()).collect();
+        self.remove_orphans(orphans, removals);
         for uid in &left.damaged {
             if let Err(error) = self.world.records.forget(uid) {
                 tracing::warn!(pod = %uid, error = error_chain(&error), "can't remove what is left of the pod");
@@ -308,7 +316,7 @@ impl Node {
         for (uid, record) in left.records {
             let wanted = Wanted { pod: all.get(&uid).cloned(), agent_stops: None };
             let residue = residues.remove(&uid).unwrap_or_default();
-            self.begin(Beginning { uid, wanted, record: Some(record), residue });
+            self.begin(uid, wanted, Some(record), residue);
         }
         // As the kubelet: older pods are admitted first.
         let mut new: Vec<_> = all.iter().filter(|(uid, _)| !self.world.pods().contains_key(*uid)).collect();
@@ -329,28 +337,26 @@ impl Node {
         }
     }
 
-    async fn remove_orphan(&self, id: MachineId) {
-        tracing::info!(machine = %id, "no pod has this machine any more: removing it");
-        let mut wait = Duration::from_secs(1);
-        while let Err(error) = self.world.machines.remove(&id, true).await {
-            tracing::warn!(machine = %id, error = error_chain(&error), "can't remove the machine; trying again");
-            tokio::time::sleep(wait).await;
-            wait = (wait * 2).min(Duration::from_secs(30));
+    /// Removes machines beside the work: one that resists holds back a pod of its own UID, and nothing else.
+    fn remove_orphans(&mut self, orphans: HashMap<PodUid, Vec<MachineId>>, removals: &mut JoinSet<()>) {
+        for (uid, ids) in orphans {
+            let (world, removed) = (Arc::clone(&self.world), CancellationToken::new());
+            self.removing.insert(uid, removed.clone());
+            removals.spawn(async move {
+                for id in ids {
+                    remove_orphan(&world, &id).await;
+                }
+                removed.cancel();
+            });
         }
-        self.world.faults.hit("node: orphan removed").await;
     }
 
-    /// Lets go of images whose machines are gone.
+    /// Lets go of images whose machines are gone. What another agent's machines hold isn't ours to let go.
     async fn release_holders(&self, present: HashSet<MachineId>) {
         let world = Arc::clone(&self.world);
         let released = tokio::task::spawn_blocking(move || {
-            for holder in world.store.holders()? {
-                let Ok(id) = MachineId::parse(holder.name.clone()) else { continue };
-                if PodUid::of_machine(&id).is_some() && !present.contains(&id) {
-                    world.store.release(&holder.name)?;
-                }
-            }
-            Ok::<_, vmpod_image::StoreError>(())
+            let present = |name: &str| MachineId::parse(name).is_ok_and(|id| present.contains(&id));
+            holders::release_except(&world.store, world.machines.root(), present)
         });
         match released.await {
             Ok(Ok(())) => {}
@@ -359,10 +365,10 @@ impl Node {
         }
     }
 
-    fn begin(&self, beginning: Beginning) {
-        let uid = beginning.uid.clone();
+    fn begin(&self, uid: PodUid, wanted: Wanted, record: Option<Record>, residue: MachineSeen) {
+        let after = self.removing.get(&uid).filter(|removed| !removed.is_cancelled()).cloned();
         let mut pods = self.world.pods();
-        let handle = worker::start(&self.world, beginning);
+        let handle = worker::start(&self.world, Beginning { uid: uid.clone(), wanted, record, residue, after });
         pods.insert(uid, handle);
     }
 
@@ -377,7 +383,7 @@ impl Node {
                 };
                 if !known {
                     let wanted = Wanted { pod: Some(pod), agent_stops: None };
-                    self.begin(Beginning { uid, wanted, record: None, residue: MachineSeen::Absent });
+                    self.begin(uid, wanted, None, MachineSeen::Absent);
                 }
             }
             Change::Gone(uid) => {
@@ -399,7 +405,8 @@ impl Node {
 
     /// Stops every machine, and lets the API know how things ended.
     async fn stop_machines(&self, pods: &mut mpsc::Receiver<Change>) {
-        if let Err(error) = registration::say_goodbye(&self.world.client, &self.profile, &self.world.store).await {
+        let goodbye = registration::say_goodbye(&self.world.client, &self.profile, &self.world.store);
+        if let Err(error) = limited(goodbye).await {
             tracing::debug!(error = error_chain(&error), "the Node's last status can't be written");
         }
         let grace = SignedDuration::try_from(self.shutdown_grace).unwrap_or(SignedDuration::from_secs(30));
@@ -437,6 +444,21 @@ impl Node {
             tracing::warn!("some machines did not stop in time; the next agent finds them");
         }
     }
+}
+
+async fn remove_orphan(world: &World, id: &MachineId) {
+    tracing::info!(machine = %id, "no pod has this machine any more: removing it");
+    let mut wait = Duration::from_secs(1);
+    let remove = || async {
+        world.machines.remove(id, true).await.map_err(|error| error_chain(&error))?;
+        world.release(id).await
+    };
+    while let Err(error) = remove().await {
+        tracing::warn!(machine = %id, error, "can't remove the machine; trying again");
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(Duration::from_secs(30));
+    }
+    world.faults.hit("node: orphan removed").await;
 }
 
 /// The server's failure, once there is one; none when there never will be.

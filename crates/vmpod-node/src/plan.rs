@@ -43,6 +43,8 @@ pub(crate) struct Observed {
     pub(crate) trouble: Option<Trouble>,
     /// All output of the current attempt is in its log.
     pub(crate) drained: bool,
+    /// When this agent first saw that the machine had stopped.
+    pub(crate) stopped: Option<Timestamp>,
     /// The power button was pressed or the main process signalled.
     pub(crate) stopping: bool,
     /// The machine is being killed.
@@ -167,7 +169,8 @@ impl Plan {
     }
 }
 
-/// How long after its end a main process's output may take to arrive before the machine is killed regardless.
+/// How long the last output may take to arrive, after the end of a main process or of a machine, before things go on
+/// without it.
 const DRAIN: SignedDuration = SignedDuration::from_secs(15);
 
 /// Names the next steps.
@@ -305,8 +308,15 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
         MachineSeen::Broken(_) if attempt.started.is_none() => Plan::step(Step::NoteStarted),
         MachineSeen::Broken(_) if seen.job.is_some() => Plan::wait(),
         MachineSeen::Broken(_) | MachineSeen::Unfinished => run(Job::Remove, seen, now),
-        MachineSeen::Stopped(exit) if seen.drained => end(pod, record, after_exit(record, attempt, has_main, exit)),
-        MachineSeen::Stopped(_) => Plan::wait(),
+        MachineSeen::Stopped(exit) => {
+            // Output that was seen late counts from then: the machine may have stopped long before this agent came.
+            let give_up = seen.stopped.unwrap_or(exit.at).saturating_add(DRAIN).unwrap_or(Timestamp::MAX);
+            if seen.drained || now >= give_up {
+                end(pod, record, after_exit(record, attempt, has_main, exit))
+            } else {
+                Plan::wait_until(give_up)
+            }
+        }
         MachineSeen::Booting => match stop {
             Some(stop) if !seen.stopping => Plan::step(Step::PowerDown { deadline: stop.deadline }),
             _ => Plan::wait(),

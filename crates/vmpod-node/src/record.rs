@@ -225,6 +225,24 @@ impl Records {
         self.dir(uid).join(container).join(format!("{attempt}.log"))
     }
 
+    /// Removes the logs of a container's attempts before `first`, with what was rotated of them.
+    pub(crate) fn forget_logs(&self, uid: &PodUid, container: &str, first: u32) -> io::Result<()> {
+        let dir = self.dir(uid).join(container);
+        let entries = match fs::read_dir(&dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let attempt = name.to_str().and_then(|name| name.split_once(".log")?.0.parse::<u32>().ok());
+            if attempt.is_some_and(|attempt| attempt < first) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn save(&self, record: &Record) -> Result<(), RecordError> {
         let dir = self.dir(&record.uid);
         let new = !dir.exists();
@@ -265,7 +283,9 @@ impl Records {
             let kept = match fs::read(&path).and_then(|bytes| Ok(serde_json::from_slice::<Record>(&bytes)?)) {
                 Ok(record) if record.uid == uid => Kept::Record(Box::new(record)),
                 Ok(record) => Kept::Damaged(format!("{} is of pod {}", path.display(), record.uid)),
-                Err(error) => Kept::Damaged(format!("{}: {error}", path.display())),
+                Err(error) if is_damage(&error) => Kept::Damaged(format!("{}: {error}", path.display())),
+                // A disk that fails for a moment must not cost a pod its record.
+                Err(error) => return Err(file_error("read", &path)(error)),
             };
             all.push((uid, kept));
         }
@@ -275,6 +295,12 @@ impl Records {
 }
 
 const FILE: &str = "record.json";
+
+/// Whether a file that couldn't be read is not what it should be, and will not be later.
+fn is_damage(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidData, NotADirectory, NotFound, UnexpectedEof};
+    matches!(error.kind(), NotFound | NotADirectory | InvalidData | UnexpectedEof)
+}
 
 /// Writes a private file so that after a crash it is there entirely or not at all.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
@@ -323,6 +349,24 @@ mod tests {
     }
 
     #[test]
+    fn logs_of_attempts_long_past_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let uid = PodUid::parse("a").unwrap();
+        records.forget_logs(&uid, "vm", 7).unwrap();
+        let vm = records.dir(&uid).join("vm");
+        fs::create_dir_all(&vm).unwrap();
+        for name in ["2.log", "2.log.000001", "9.log", "10.log", "10.log.000001", "11.log", "note"] {
+            fs::write(vm.join(name), "").unwrap();
+        }
+        records.forget_logs(&uid, "vm", 10).unwrap();
+        let mut left: Vec<_> =
+            fs::read_dir(vm).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        left.sort();
+        assert_eq!(left, ["10.log", "10.log.000001", "11.log", "note"]);
+    }
+
+    #[test]
     fn damage_is_told_and_stops_nothing_else() {
         let dir = tempfile::tempdir().unwrap();
         let records = Records::open(dir.path()).unwrap();
@@ -337,6 +381,17 @@ mod tests {
             .map(|(uid, kept)| (uid.to_string(), matches!(kept, Kept::Record(_))))
             .collect();
         assert_eq!(kinds, [("empty".to_owned(), false), ("good".to_owned(), true), ("torn".to_owned(), false)]);
+    }
+
+    #[test]
+    fn a_record_that_can_not_be_read_now_is_not_damaged() {
+        let dir = tempfile::tempdir().unwrap();
+        let records = Records::open(dir.path()).unwrap();
+        let file = records.dir(&PodUid::parse("a").unwrap()).join(FILE);
+        // Not to be read by anybody, root included.
+        fs::create_dir_all(&file).unwrap();
+        let error = records.load().unwrap_err();
+        assert!(error.to_string().contains("record.json"), "{error}");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use kube::{
 use serde_json::{Value, json};
 use vmpod_image::Store;
 
-use crate::{error_chain, host::Host, options::Capacity};
+use crate::{error_chain, host::Host, limited, options::Capacity};
 
 /// How often the status is computed.
 const STATUS_EVERY: Duration = Duration::from_secs(10);
@@ -277,7 +277,7 @@ pub(crate) async fn keep_status(
         let due = now.duration_since(posted) >= REPORT_EVERY || now < posted;
         if !due && shown.status.as_ref().is_some_and(|shown| !differs(shown, &wanted)) {
             // Labels and taints are others' to change, and pods are admitted by them.
-            match api.get(&profile.name).await {
+            match limited(api.get(&profile.name)).await {
                 Ok(node) => {
                     shown = node;
                     updated(Arc::new(shown.clone()));
@@ -287,9 +287,11 @@ pub(crate) async fn keep_status(
             }
             continue;
         }
-        let result = match post(&api, &profile.name, &wanted).await {
+        let result = match limited(post(&api, &profile.name, &wanted)).await {
             // Somebody deleted it; a node that works is there.
-            Err(kube::Error::Api(error)) if error.code == 404 => register(&client, &profile, &store).await,
+            Err(kube::Error::Api(error)) if error.code == 404 => {
+                limited(Box::pin(register(&client, &profile, &store))).await
+            }
             result => result,
         };
         match result {
@@ -320,7 +322,7 @@ pub(crate) async fn keep_lease(client: Client, node: Node) {
     let name = node.metadata.name.clone().unwrap_or_default();
     let mut known: Option<Lease> = None;
     loop {
-        let result = renew(&api, &node, &name, known.take()).await;
+        let result = limited(renew(&api, &node, &name, known.take())).await;
         let failed = result.is_err();
         match result {
             Ok(lease) => known = Some(lease),

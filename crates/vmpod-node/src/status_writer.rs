@@ -9,7 +9,7 @@ use kube::{
 };
 use tokio::sync::watch;
 
-use crate::{pod, status};
+use crate::{limited, pod, status};
 
 /// Runs until the worker is gone.
 pub(crate) async fn run(client: Client, mut wanted: watch::Receiver<Option<(Arc<Pod>, PodStatus)>>) {
@@ -26,7 +26,8 @@ pub(crate) async fn run(client: Client, mut wanted: watch::Receiver<Option<(Arc<
             };
             if let Some(patch) = status::patch(base, &status) {
                 let api: Api<Pod> = Api::namespaced(client.clone(), pod::namespace(&watched));
-                match api.patch_status(pod::name(&watched), &PatchParams::default(), &Patch::Strategic(patch)).await {
+                let (params, patch) = (PatchParams::default(), Patch::Strategic(patch));
+                match limited(api.patch_status(pod::name(&watched), &params, &patch)).await {
                     Ok(pod) => {
                         answered = Some(pod);
                         wait = Duration::from_millis(500);

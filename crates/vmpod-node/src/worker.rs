@@ -8,6 +8,7 @@ use tokio::{
     sync::{mpsc, watch},
     task::JoinSet,
 };
+use tokio_util::sync::CancellationToken;
 use vmpod_machine::{ExitStatus, GuestError, GuestState, Machine, State};
 
 use crate::{
@@ -73,6 +74,8 @@ struct Local {
     waiting_for_main: bool,
     stopping: bool,
     killing: bool,
+    /// When this agent first saw that the machine had stopped.
+    stopped: Option<Timestamp>,
 }
 
 struct Worker {
@@ -107,12 +110,15 @@ pub(crate) struct Beginning {
     pub(crate) record: Option<Record>,
     /// What is on disk of the current attempt's machine, if no machine is known.
     pub(crate) residue: MachineSeen,
+    /// What must be over before anything is done.
+    pub(crate) after: Option<CancellationToken>,
 }
 
 /// Starts a pod's worker.
 pub(crate) fn start(world: &Arc<World>, beginning: Beginning) -> Handle {
     let (wanted, wanted_rx) = watch::channel(beginning.wanted);
-    let (view, view_rx) = watch::channel(View::default());
+    // While it waits for its turn, nothing of the pod runs.
+    let (view, view_rx) = watch::channel(View { quiet: beginning.after.is_some(), ..View::default() });
     let (statuses, statuses_rx) = watch::channel(None);
     let (send, inputs) = mpsc::unbounded_channel();
     let mut record = beginning.record;
@@ -146,7 +152,13 @@ pub(crate) fn start(world: &Arc<World>, beginning: Beginning) -> Handle {
         send,
         tasks,
     };
-    let task = tokio::spawn(worker.run()).abort_handle();
+    let task = tokio::spawn(async move {
+        if let Some(after) = beginning.after {
+            after.cancelled().await;
+        }
+        worker.run().await;
+    });
+    let task = task.abort_handle();
     Handle { wanted, view: view_rx, task }
 }
 
@@ -187,9 +199,9 @@ impl Worker {
                 self.pod.clone_from(&wanted.pod);
             }
             let machine = self.machine();
-            self.attend(machine.as_ref());
-            let mut signals = Signals::of(machine.as_ref(), self.local.collector.as_ref());
             let now = Timestamp::now();
+            self.attend(machine.as_ref(), now);
+            let mut signals = Signals::of(machine.as_ref(), self.local.collector.as_ref());
             self.call_backoff(now);
             let seen = self.observe(machine.as_ref());
             self.show(&wanted, machine.as_ref(), &seen, now);

@@ -14,7 +14,9 @@ use vmpod_machine::{Accel, FaultPoints, Machine, MachineId, Machines, loopback};
 
 use crate::{
     admit::{self, Refusal, Room},
+    error_chain,
     events::Events,
+    holders,
     logs::Live,
     options::{MachineDefaults, Registries},
     pod::{PodUid, Requests},
@@ -29,6 +31,8 @@ pub(crate) struct World {
     pub(crate) client: kube::Client,
     pub(crate) store: Store,
     pub(crate) machines: Machines,
+    /// What the holds on images for these machines have in common.
+    pub(crate) scope: String,
     pub(crate) accel: Accel,
     pub(crate) defaults: MachineDefaults,
     pub(crate) registries: Registries,
@@ -73,8 +77,23 @@ pub(crate) struct Handle {
 }
 
 impl World {
+    /// The name under which a machine holds its image.
+    pub(crate) fn holder(&self, id: &MachineId) -> String {
+        holders::holder(id, &self.scope)
+    }
+
     pub(crate) fn pods(&self) -> MutexGuard<'_, BTreeMap<PodUid, Handle>> {
         self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of a machine's image, once the machine is gone.
+    pub(crate) async fn release(&self, id: &MachineId) -> Result<(), String> {
+        let (store, holder) = (self.store.clone(), self.holder(id));
+        match tokio::task::spawn_blocking(move || store.release(&holder)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(error_chain(&error)),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// What every worker shows now.

@@ -346,6 +346,26 @@ async fn the_node_and_its_lease_are_there() {
     assert_eq!((&ready["status"], &ready["message"]), (&json!("False"), &json!("node is shutting down")));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_resists_removal_holds_back_its_own_pod_only() {
+    let host = Host::new().await;
+    let machines = host.root().join("machines");
+    std::fs::create_dir_all(machines.join(format!("{}-0", UIDS[1]))).unwrap();
+    // A file where a directory is to be removed.
+    let obstacle = machines.join(format!(".removing-{}-0", UIDS[1]));
+    std::fs::write(&obstacle, "").unwrap();
+    host.api.create_pod("held", UIDS[1], json!({"containers": [vm(json!({}))]}));
+    let node = host.start(Wish::default()).await;
+    host.api.create_pod("free", UIDS[0], json!({"containers": [vm(json!({}))]}));
+    host.api.until("ready", |api| is_ready(api, "free")).await;
+    let held = MachineId::parse(format!("{}-0", UIDS[1])).unwrap();
+    assert!(!host.world.events().contains(&Event::Started(held)));
+    std::fs::remove_file(&obstacle).unwrap();
+    host.api.until("ready", |api| is_ready(api, "held")).await;
+    node.stop().await;
+    assert_eq!(host.api.violations(), Vec::<String>::new());
+}
+
 /// A story with one pod, told from outside; the agent may die at any point of it.
 #[derive(Clone, Copy)]
 enum Story {

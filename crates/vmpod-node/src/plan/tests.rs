@@ -146,7 +146,8 @@ fn a_machine_that_ended_is_judged_by_its_cause() {
             "{policy} {cause:?}"
         );
         let early = Observed { drained: false, ..observed };
-        assert_eq!(step(&pod(policy, command), &record, &early), None, "its last words come first");
+        let waits = next(&pod(policy, command), Some(&record), &early, 19);
+        assert_eq!(waits.steps, [], "its last words come first");
     }
 }
 
@@ -596,4 +597,15 @@ proptest! {
         prop_assert!(sim.forgotten, "something stays: {sim:?}");
         prop_assert_eq!(sim.live, 0);
     }
+}
+
+#[test]
+fn output_of_a_stopped_machine_that_never_comes_is_not_waited_for() {
+    let (vm, record) = (pod("Never", false), started(Main::Unstarted));
+    // Stopped at 5, but seen only at 8, by another agent.
+    let late = Observed { stopped: Some(at(8)), ..exit_seen(ExitCause::GuestShutdown) };
+    let waits = next(&vm, Some(&record), &late, 22);
+    assert_eq!((waits.steps, waits.wake), (Vec::new(), Some(at(23))));
+    let given_up = next(&vm, Some(&record), &late, 23).steps;
+    assert!(matches!(&given_up[..], [Step::End { ended, .. }] if ended.exit_code == 0), "{given_up:?}");
 }

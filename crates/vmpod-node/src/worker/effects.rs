@@ -139,6 +139,12 @@ impl Worker {
         if matches!(flow, Flow::On) {
             self.resolved = None;
             self.local = Local::default();
+            // What can be asked for is the log of this attempt and of the one before it.
+            let container =
+                self.pod.as_deref().and_then(pod::machine_container).map_or("", |container| &container.name);
+            if let Err(error) = self.world.records.forget_logs(&self.uid, container, number.saturating_sub(1)) {
+                tracing::warn!(pod = %self.uid, %error, "logs of past attempts can't be removed");
+            }
         }
         flow
     }

@@ -11,7 +11,7 @@ use vmpod_machine::{Arch, GuestError, MachineError, MainCommand};
 use super::{
     Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod,
 };
-use crate::{env::Facts, translate};
+use crate::{env::Facts, limited, translate};
 
 impl Failure {
     pub(super) fn new(reason: &str, message: impl Into<String>) -> Self {
@@ -86,7 +86,7 @@ impl Worker {
                 pod::machine_container(&pod).ok_or_else(|| failed("the pod has no container".to_owned()))?.clone();
             let digest = attempt.image.digest.parse().map_err(|error| failed(error_chain(&error)))?;
             let (store, machines, name) = (world.store.clone(), world.machines.clone(), attempt.image.name.clone());
-            let (holder, defaults) = (id.clone(), world.defaults);
+            let (machine, holder, defaults) = (id.clone(), world.holder(&id), world.defaults);
             // The clone and the key don't wait for each other.
             let key = tokio::task::spawn_blocking({
                 let (machines, id) = (machines.clone(), id.clone());
@@ -97,10 +97,9 @@ impl Worker {
                 let image = image.ok_or_else(|| format!("image {name} ({digest}) is no longer in the store"))?;
                 let size =
                     translate::size(&container, &name, &image.config, defaults).map_err(|error| error.to_string())?;
-                let dir = machines.directory(&holder).map_err(|error| error_chain(&error))?;
-                let clone = store
-                    .clone_image(&image, dir.path(), size.disk, holder.as_str())
-                    .map_err(|error| error_chain(&error))?;
+                let dir = machines.directory(&machine).map_err(|error| error_chain(&error))?;
+                let clone =
+                    store.clone_image(&image, dir.path(), size.disk, &holder).map_err(|error| error_chain(&error))?;
                 Ok::<_, String>((container, size, clone))
             });
             let (key, clone) = futures::try_join!(key, clone).map_err(|error| failed(error.to_string()))?;
@@ -154,13 +153,8 @@ impl Worker {
             let failed = |message: String| Failure::new("FailedKillPod", message);
             world.machines.remove(&id, true).await.map_err(|error| failed(error_chain(&error)))?;
             world.faults.hit("node: machine removed").await;
-            let store = world.store.clone();
-            let released = tokio::task::spawn_blocking(move || store.release(id.as_str())).await;
-            match released {
-                Ok(Ok(())) => Ok(Outcome::Removed),
-                Ok(Err(error)) => Err(failed(error_chain(&error))),
-                Err(error) => Err(failed(error.to_string())),
-            }
+            world.release(&id).await.map_err(failed)?;
+            Ok(Outcome::Removed)
         }))
     }
 
@@ -175,7 +169,7 @@ impl Worker {
                 preconditions: Some(Preconditions { uid: pod.metadata.uid.clone(), resource_version: None }),
                 ..DeleteParams::default()
             };
-            match api.delete(pod::name(&pod), &params).await {
+            match limited(api.delete(pod::name(&pod), &params)).await {
                 Ok(_) => Ok(Outcome::Deleted),
                 Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(Outcome::Deleted),
                 Err(error) => Err(Failure::new("FailedKillPod", error_chain(&error))),

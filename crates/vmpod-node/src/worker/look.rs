@@ -20,7 +20,7 @@ use crate::{
 
 impl Worker {
     /// Makes sure that whatever the attempt gives is being taken: its output, its main process's end.
-    pub(super) fn attend(&mut self, machine: Option<&Machine>) {
+    pub(super) fn attend(&mut self, machine: Option<&Machine>, now: Timestamp) {
         let (Some(machine), Some(record), Some(pod)) = (machine, &self.record, &self.pod) else { return };
         let Some(attempt) = record.attempt.as_ref().filter(|attempt| attempt.ended.is_none()) else { return };
         let state = machine.state().borrow().clone();
@@ -51,6 +51,7 @@ impl Worker {
         if let Some(collector) = &self.local.collector
             && state.is_final()
         {
+            self.local.stopped.get_or_insert(now);
             collector.finish();
         }
         if matches!(attempt.main, Main::Started(_)) && !self.local.waiting_for_main && !state.is_final() {
@@ -109,6 +110,7 @@ impl Worker {
             resolved: if self.resolved.is_some() { Resolved::Yes } else { Resolved::No },
             trouble: self.trouble.as_ref().map(|(trouble, _)| trouble.clone()),
             drained,
+            stopped: self.local.stopped,
             stopping: self.local.stopping,
             killing: self.local.killing,
             job: self.job,
