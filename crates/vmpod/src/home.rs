@@ -78,7 +78,8 @@ impl Home {
 
     /// Whether the directory is there, open to others, and holds something that isn't vmpod's.
     fn is_foreign(&self) -> std::io::Result<bool> {
-        if std::fs::metadata(&self.root)?.permissions().mode() & 0o077 == 0 {
+        let others = std::fs::metadata(&self.root)?.permissions().mode() & 0o077;
+        if others == 0 {
             return Ok(false);
         }
         let is_empty = std::fs::read_dir(&self.root)?.next().is_none();
