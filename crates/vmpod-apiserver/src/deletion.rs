@@ -4,6 +4,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
 use crate::kinds::{Resource, at, items, rfc3339, text};
+use crate::namespaces::CRD_FINALIZER;
 use crate::status::{Cause, Status};
 
 /// What to do with the object.
@@ -38,7 +39,14 @@ pub(crate) fn plan(resource: &Resource, old: &Value, options: &Value, now: Times
     check_preconditions(resource, old, options)?;
     let marked = old["metadata"].get("deletionTimestamp").is_some_and(|time| !time.is_null());
     let grace = grace(resource, old, options);
-    let finalizers = finalizers(old, options, marked);
+    let mut finalizers = finalizers(old, options, marked);
+    if !marked && crate::server::storage_name(resource) == crate::server::CRDS {
+        // Its objects go first, while somebody can still watch them go.
+        let list = finalizers.get_or_insert_with(|| items(old, &["metadata", "finalizers"]).to_vec());
+        if !list.iter().any(|one| one == CRD_FINALIZER) {
+            list.push(CRD_FINALIZER.into());
+        }
+    }
     let held = finalizers.as_ref().map_or_else(|| items(old, &["metadata", "finalizers"]).len(), Vec::len) > 0
         || (resource.is("core.Namespace") && !items(old, &["spec", "finalizers"]).is_empty());
     let mut new = old.clone();

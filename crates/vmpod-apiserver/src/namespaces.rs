@@ -17,7 +17,7 @@ pub(crate) const BUILT_IN: [&str; 4] = ["default", "kube-node-lease", "kube-publ
 /// The one thing that the namespace controller waits for.
 const FINALIZER: &str = "kubernetes";
 /// The finalizer of a definition whose objects are still there.
-const CRD_FINALIZER: &str = "customresourcecleanup.apiextensions.k8s.io";
+pub(crate) const CRD_FINALIZER: &str = "customresourcecleanup.apiextensions.k8s.io";
 const ROOT_CA: &str = "kube-root-ca.crt";
 const ROOT_CA_DESCRIPTION: &str = "Contains a CA bundle that can be used to verify the kube-apiserver when using internal endpoints such as \
 the internal service IP or kubernetes.default.svc. No other usage is guaranteed across distributions of Kubernetes clusters.";

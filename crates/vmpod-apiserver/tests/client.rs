@@ -8,7 +8,8 @@ use futures::{StreamExt as _, TryStreamExt as _};
 use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node, Pod, Secret, ServiceAccount};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::api::{
-    Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, PropagationPolicy, WatchEvent, WatchParams,
+    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams,
+    PropagationPolicy, WatchEvent, WatchParams,
 };
 use kube::core::params::Preconditions;
 use kube::runtime::{WatchStreamExt as _, watcher};
@@ -382,4 +383,53 @@ async fn a_new_start_finds_everything_again() {
     let later = maps.patch("a", &PatchParams::default(), &Patch::Merge(json!({ "data": { "k": "3" } }))).await.unwrap();
     let revision = |map: &ConfigMap| map.resource_version().unwrap().parse::<u64>().unwrap();
     assert!(revision(&later) > revision(&created));
+}
+
+#[tokio::test]
+async fn a_definition_goes_after_its_objects() {
+    let world = world().await;
+    let definitions: Api<DynamicObject> = Api::all_with(
+        world.client.clone(),
+        &ApiResource::from_gvk(&GroupVersionKind::gvk("apiextensions.k8s.io", "v1", "CustomResourceDefinition")),
+    );
+    let definition = json!({
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": { "name": "things.example.com" },
+        "spec": {
+            "group": "example.com", "scope": "Namespaced", "names": { "plural": "things", "singular": "thing", "kind": "Thing" },
+            "versions": [{ "name": "v1", "served": true, "storage": true, "schema": { "openAPIV3Schema": { "type": "object" } } }],
+        },
+    });
+    let definition: DynamicObject = serde_json::from_value(definition).unwrap();
+    definitions.create(&PostParams::default(), &definition).await.unwrap();
+    let kind = ApiResource::from_gvk(&GroupVersionKind::gvk("example.com", "v1", "Thing"));
+    let things: Api<DynamicObject> = Api::default_namespaced_with(world.client.clone(), &kind);
+    let thing = |name: &str, finalizers: &[&str]| {
+        let mut thing = DynamicObject::new(name, &kind);
+        thing.metadata.finalizers = Some(finalizers.iter().map(ToString::to_string).collect());
+        thing
+    };
+    things.create(&PostParams::default(), &thing("free", &[])).await.unwrap();
+    let held = things.create(&PostParams::default(), &thing("held", &["example.com/hold"])).await.unwrap();
+    let mut events = things.watch(&WatchParams::default(), &held.resource_version().unwrap()).await.unwrap().boxed();
+    let answer = definitions.delete("things.example.com", &DeleteParams::default()).await.unwrap();
+    let marked = answer.left().unwrap();
+    assert_eq!(marked.metadata.finalizers.unwrap(), ["customresourcecleanup.apiextensions.k8s.io"]);
+    assert_eq!(code(things.create(&PostParams::default(), &thing("late", &[])).await.unwrap_err()), 405);
+    let mut gone = Vec::new();
+    while gone.len() < 2 {
+        match tokio::time::timeout(Duration::from_secs(10), events.try_next()).await.unwrap().unwrap() {
+            Some(WatchEvent::Deleted(object)) => gone.push(object.name_any()),
+            Some(WatchEvent::Modified(object)) if object.name_any() == "held" => {
+                let patch = Patch::Merge(json!({ "metadata": { "finalizers": null } }));
+                things.patch("held", &PatchParams::default(), &patch).await.unwrap();
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(gone, ["free", "held"]);
+    until("the definition's end", || async {
+        definitions.get_opt("things.example.com").await.unwrap().is_none().then_some(())
+    })
+    .await;
+    assert_eq!(code(things.list(&ListParams::default()).await.unwrap_err()), 404);
 }

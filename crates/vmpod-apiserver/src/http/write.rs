@@ -131,6 +131,16 @@ fn admit_namespace(call: &Call, name: &str, namespace: Option<&Arc<Object>>) -> 
     }
 }
 
+/// Whether the definition of a custom kind still takes new objects.
+fn admit_kind(call: &Call) -> Result<(), Status> {
+    let definition = || call.server.store.get(&Key::new(CRDS, None, &storage_name(&call.resource)));
+    if call.resource.is_custom() && definition().is_some_and(|found| found.is_deleting()) {
+        let message = "create not allowed while custom resource definition is terminating".into();
+        return Err(Status { message, ..Status::method_not_allowed_here() });
+    }
+    Ok(())
+}
+
 pub(super) fn namespace_key(call: &Call) -> Option<Key> {
     call.target.namespace.as_deref().filter(|_| call.resource.namespaced).map(|name| Key::new("namespaces", None, name))
 }
@@ -170,6 +180,7 @@ async fn create_value(call: &Call, value: Value, apply: bool) -> Result<Written,
         let mut taken = false;
         let result = commit(&call.server, &key, dependency.as_ref(), dry_run, |old, namespace| {
             admit_namespace(call, &name, namespace)?;
+            admit_kind(call)?;
             if old.is_some() {
                 taken = true;
                 return Err(if generated {
@@ -278,9 +289,14 @@ fn changed(
 }
 
 async fn after_update(call: &Call, key: &Key) -> Result<(), Status> {
-    if &*key.resource == CRDS && call.server.store.get(key).is_some() {
-        establish(&call.server, key).await?;
+    if &*key.resource != CRDS {
+        return Ok(());
     }
+    if call.server.store.get(key).is_some() {
+        return establish(&call.server, key).await;
+    }
+    // Its last finalizer was removed.
+    call.server.refresh_registry();
     Ok(())
 }
 
@@ -327,6 +343,7 @@ pub(super) async fn patch(call: &Call, subresource: Option<&str>, body: &[u8]) -
             return changed(call, subresource, &before, patched.value, &context);
         }
         admit_namespace(call, &key.name, namespace)?;
+        admit_kind(call)?;
         let mut value = patched.value;
         if value["metadata"]["name"].as_str().unwrap_or_default().is_empty() {
             value["metadata"]["name"] = (*key.name).into();
