@@ -284,3 +284,25 @@ async fn keeps_only_what_it_can_read_again() {
     let store = Store::open(&file).unwrap();
     assert_eq!(store.get(&key("deep")).unwrap().value()["data"], nested(MAX_NESTING)["data"]);
 }
+
+#[tokio::test]
+async fn a_refusal_waits_for_what_it_tells_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(&dir.path().join("store.redb")).unwrap();
+    for round in 0..20 {
+        let name = format!("n{round}");
+        let first = put(&store, &name, "1");
+        let second = async {
+            let refused: Result<Outcome, StoreError> = store
+                .mutate(&key(&name), None, |old, _| {
+                    assert!(old.is_some(), "the first write is in the overlay at least");
+                    Err(StoreError::Serialise("taken".into()))
+                })
+                .await;
+            assert!(matches!(refused, Err(StoreError::Serialise(_))));
+            assert!(store.get(&key(&name)).is_some(), "the refusal came before the write was visible");
+        };
+        // In this order: the first has joined the queue when the second is computed.
+        tokio::join!(biased; first, second);
+    }
+}
