@@ -109,8 +109,9 @@ pub(crate) async fn clear(run: &Home, qemu: Qemu) -> Result<()> {
     let machines = agent::machines(run, qemu)?;
     for (id, _) in machines.adopt().await? {
         machines.remove(&id, true).await?;
-        store.release(id.as_str())?;
     }
+    // After the machines, and before their directory goes, by which the run's holds are known.
+    vmpod_node::release_all(&store, machines.root())?;
     run.remove()
 }
 
