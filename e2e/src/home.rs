@@ -1,5 +1,7 @@
 //! A home of one test.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -23,7 +25,11 @@ impl Home {
     /// A new, empty home.
     pub fn new(name: &str) -> Result<Self> {
         prerequisites::program(&format!("qemu-system-{}", std::env::consts::ARCH), "qemu-system-x86")?;
-        let dir = tempfile::Builder::new().prefix(&format!("{name}-")).tempdir_in(prerequisites::scratch()?)?;
+        let dir = tempfile::Builder::new()
+            .prefix(&format!("{name}-"))
+            // A home is its user's alone: vmpod takes over no directory of others.
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir_in(prerequisites::scratch()?)?;
         let home = Self { dir };
         // Whether KVM works is found out once for all tests, not once for each home.
         let (known, here) = (known_kvm()?, home.path().join("kvm.json"));
