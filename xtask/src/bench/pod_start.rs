@@ -298,7 +298,8 @@ async fn create(pods: &Api<Pod>, name: &str) -> Result<String> {
         "metadata": {"name": name},
         "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
             "name": "machine", "image": "tiny", "imagePullPolicy": "Never",
-            "resources": {"limits": {"cpu": "1", "memory": "256Mi"}},
+            // A small request, so that several fit on a small host.
+            "resources": {"limits": {"cpu": "1", "memory": "256Mi"}, "requests": {"cpu": "100m"}},
         }]},
     }))?;
     let pod = pods.create(&PostParams::default(), &pod).await.context("the pod was not created")?;
