@@ -1,4 +1,4 @@
-//! The contract with users: annotations, labels and custom resources.
+//! The contract with users: annotations, and the place of custom resources.
 //!
 //! Pure data: nothing here does any I/O.
 
