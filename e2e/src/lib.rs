@@ -10,6 +10,7 @@
 
 pub mod command;
 pub mod home;
+pub mod host;
 pub mod leaks;
 pub mod patience;
 pub mod pods;

@@ -58,6 +58,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             port: 22,
         },
         accel: Accel::Tcg,
+        snapshot: None,
     };
     let begin = Instant::now();
     let say = |what: &str| println!("{:8.3} s  {what}", begin.elapsed().as_secs_f64());

@@ -24,13 +24,13 @@ use async_trait::async_trait;
 use jiff::Timestamp;
 use tokio::sync::watch;
 
-use crate::directory::MachineDir;
+use crate::directory::{self, MachineDir};
 use crate::guest::{ExitStatus, GuestState, Link, Waiting};
 use crate::hypervisor::{Hypervisor, HypervisorError, Process, Stats};
 use crate::id::MachineId;
 use crate::lifecycle::{Exit, ExitCause};
-use crate::spec::Spec;
-use crate::{Exec, MainCommand, StdStream};
+use crate::spec::{Accel, Spec};
+use crate::{Exec, MainCommand, StdStream, renewal, template};
 
 mod link;
 
@@ -47,6 +47,10 @@ pub struct Script {
     pub console: String,
     /// Ends by itself after so long, if at all.
     pub ends: Option<(Duration, ExitCause)>,
+    /// Whether its guest can take a new identity, so that its memory can be saved.
+    pub renewable: bool,
+    /// What goes wrong when it is to go on from a memory snapshot, if anything.
+    pub restore_fails: Option<String>,
     /// What every main process does.
     pub main: MainScript,
     /// What every command does.
@@ -63,6 +67,8 @@ impl Default for Script {
             power_button: PowerButton::ShutsDownAfter(Duration::ZERO),
             console: "fake console\n".to_owned(),
             ends: None,
+            renewable: false,
+            restore_fails: None,
             main: MainScript::default(),
             exec: Arc::new(|exec| ExecScript { stdout: exec.command.join(" ") + "\n", ..ExecScript::default() }),
         }
@@ -399,6 +405,13 @@ impl Hypervisor for FakeHypervisor {
             }
             Start::Hangs => std::future::pending().await,
         }
+        if let Some(template) = spec.template() {
+            let missing = [template::MEMORY, template::STATE].into_iter().find(|name| !template.join(name).exists());
+            if let Some(why) = script.restore_fails.or_else(|| missing.map(|name| format!("{name} is missing"))) {
+                return Err(HypervisorError::Restore { why });
+            }
+            directory::write_whole(&dir.file(renewal::DONE), b"").map_err(HypervisorError::io("can't write a file"))?;
+        }
         let incarnation = {
             let mut inner = world.lock();
             if inner.machines.entry(id.clone()).or_default().live {
@@ -431,14 +444,18 @@ impl Hypervisor for FakeHypervisor {
             let id = id.clone();
             world.later(delay, move |world| world.end(&id, Some(incarnation), cause));
         }
-        Ok(Box::new(FakeProcess { world: world.clone(), id, incarnation }))
+        Ok(Box::new(FakeProcess { world: world.clone(), id, incarnation, dir: dir.clone() }))
     }
 
-    async fn find(&self, spec: &Spec, _dir: &MachineDir) -> Result<Option<Box<dyn Process>>, HypervisorError> {
+    async fn snapshots(&self, _accel: Accel) -> Option<String> {
+        Some("fake 1".to_owned())
+    }
+
+    async fn find(&self, spec: &Spec, dir: &MachineDir) -> Result<Option<Box<dyn Process>>, HypervisorError> {
         let inner = self.world.lock();
         Ok(inner.machines.get(&spec.id).filter(|fake| fake.live).map(|fake| {
-            Box::new(FakeProcess { world: self.world.clone(), id: spec.id.clone(), incarnation: fake.incarnation })
-                as Box<dyn Process>
+            let (world, id, incarnation) = (self.world.clone(), spec.id.clone(), fake.incarnation);
+            Box::new(FakeProcess { world, id, incarnation, dir: dir.clone() }) as Box<dyn Process>
         }))
     }
 
@@ -466,6 +483,7 @@ struct FakeProcess {
     world: World,
     id: MachineId,
     incarnation: u64,
+    dir: MachineDir,
 }
 
 #[async_trait]
@@ -505,6 +523,18 @@ impl Process for FakeProcess {
                 std::future::pending::<()>().await;
             }
         }
+    }
+
+    async fn snapshot(&self) -> Result<(), HypervisorError> {
+        if !self.world.script(&self.id).renewable {
+            return Err(HypervisorError::Unsupported("the guest has no program that takes a new identity".to_owned()));
+        }
+        for name in [template::MEMORY, template::STATE] {
+            let text = format!("{name} of {}", self.id);
+            directory::write_whole(&self.dir.file(name), text.as_bytes())
+                .map_err(HypervisorError::io("can't write a file"))?;
+        }
+        self.kill().await
     }
 
     async fn stats(&self) -> Result<Stats, HypervisorError> {

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use crate::directory::MachineDir;
 use crate::guest::Link;
 use crate::lifecycle::Exit;
-use crate::spec::Spec;
+use crate::spec::{Accel, Spec};
 
 /// Makes and finds machine processes.
 ///
@@ -31,6 +31,12 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Makes sure that no process is left in this directory, whatever its condition, and returns when it is gone.
     async fn destroy(&self, dir: &MachineDir) -> Result<(), HypervisorError>;
+
+    /// What a memory snapshot depends on besides the machine itself: the program's version and the processor. `None` when
+    /// this backend takes no snapshots.
+    async fn snapshots(&self, _accel: Accel) -> Option<String> {
+        None
+    }
 
     /// The way into the guest, when it isn't SSH.
     fn link(&self, _spec: &Spec, _dir: &MachineDir) -> Option<Arc<dyn Link>> {
@@ -55,6 +61,12 @@ pub trait Process: Send + Sync + 'static {
 
     /// Waits until the process is gone. May be called again; answers the same.
     async fn exited(&self) -> Exit;
+
+    /// Waits until the guest, which was started with [`crate::Snapshot::Make`], is ready to be copied and quiet, saves its
+    /// memory and its devices' state into the machine's directory, and ends the process.
+    async fn snapshot(&self) -> Result<(), HypervisorError> {
+        Err(HypervisorError::Unsupported("this hypervisor takes no memory snapshots".to_owned()))
+    }
 
     /// What the process uses.
     async fn stats(&self) -> Result<Stats, HypervisorError>;
@@ -105,6 +117,12 @@ pub enum HypervisorError {
         hypervisor: &'static str,
         /// The last lines that it wrote.
         output: String,
+    },
+    /// The process came up and couldn't go on from its snapshot.
+    #[error("can't go on from its memory snapshot: {why}")]
+    Restore {
+        /// Why not.
+        why: String,
     },
     /// Some process holds the machine's lock.
     #[error("a process already holds this machine ({holder})")]

@@ -28,8 +28,10 @@ pub mod machines;
 pub mod qemu;
 #[cfg(target_os = "linux")]
 mod readable;
+pub mod renewal;
 pub mod seed;
 pub mod spec;
+pub mod template;
 
 pub use fault::FaultPoints;
 pub use guest::main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started, StdStream};
@@ -41,5 +43,6 @@ pub use machine::Machine;
 pub use machines::{Adopted, MachineError, Machines, SshKey};
 pub use spec::{
     Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, Memory, Network,
-    Protocol, Secret, Seed, Spec,
+    Protocol, Secret, Seed, Snapshot, Spec,
 };
+pub use template::{Template, TemplateError, TemplateId, TemplateKey, Templates};

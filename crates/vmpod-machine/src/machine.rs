@@ -46,6 +46,7 @@ struct Shared {
 enum Command {
     Input(Input, oneshot::Sender<Result<(), Denied>>),
     Stats(oneshot::Sender<Result<Stats, HypervisorError>>),
+    Snapshot(oneshot::Sender<Result<(), HypervisorError>>),
 }
 
 impl Machine {
@@ -138,6 +139,17 @@ impl Machine {
             .map_err(|source| MachineError::Hypervisor { id: self.id().clone(), source })
     }
 
+    /// Saves the memory of a machine that was made for it, and ends it: see [`crate::template`].
+    pub(crate) async fn snapshot(&self) -> Result<(), MachineError> {
+        let (answer, result) = oneshot::channel();
+        self.shared.commands.send(Command::Snapshot(answer)).map_err(|_| MachineError::Closed)?;
+        result
+            .await
+            .map_err(|_| MachineError::Closed)?
+            .map_err(|source| MachineError::Hypervisor { id: self.id().clone(), source })?;
+        self.wait_for(State::is_final).await.map(drop)
+    }
+
     async fn input(&self, input: Input) -> Result<(), MachineError> {
         let (answer, result) = oneshot::channel();
         self.shared.commands.send(Command::Input(input, answer)).map_err(|_| MachineError::Closed)?;
@@ -220,9 +232,20 @@ impl Driver {
                         asking.spawn(async move {
                             let stats = match process {
                                 Some(process) => process.stats().await,
-                                None => Err(HypervisorError::Unsupported("the machine has no process".to_owned())),
+                                None => Err(no_process()),
                             };
                             answer.send(stats).ok();
+                        });
+                        continue;
+                    }
+                    Some(Command::Snapshot(answer)) => {
+                        let process = self.process.clone();
+                        asking.spawn(async move {
+                            let done = match process {
+                                Some(process) => process.snapshot().await,
+                                None => Err(no_process()),
+                            };
+                            answer.send(done).ok();
                         });
                         continue;
                     }
@@ -343,6 +366,10 @@ async fn ask_to_shut_down(guest: Guest, os: GuestOs) {
     if let Ok(session) = guest.exec(Exec::new(command.iter().copied())).await {
         session.wait().await.ok();
     }
+}
+
+fn no_process() -> HypervisorError {
+    HypervisorError::Unsupported("the machine has no process".to_owned())
 }
 
 fn watch_exit(process: Arc<dyn Process>) -> Exiting {

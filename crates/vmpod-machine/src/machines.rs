@@ -13,8 +13,8 @@ use crate::hypervisor::{Hypervisor, HypervisorError};
 use crate::id::MachineId;
 use crate::lifecycle::{Denied, Exit, State};
 use crate::machine::{Driver, Machine, error_chain};
-use crate::seed;
 use crate::spec::{Network, Spec};
+use crate::{renewal, seed};
 
 pub use crate::guest::keys::SshKey;
 
@@ -86,6 +86,9 @@ pub enum Adopted {
     Running,
     /// It ran, and its process is gone.
     Stopped(Exit),
+    /// It was to go on from a memory snapshot, and its process ended before its guest was itself: nothing of its own ever
+    /// ran. It is known as failed.
+    Unrestored(String),
     /// Its directory or process isn't as it should be. It can only be removed (with `kill`).
     Broken(String),
 }
@@ -298,6 +301,11 @@ impl Machines {
             }
             Ok(None) => match hypervisor.autopsy(&spec, dir).await {
                 Err(error) => broken(error_chain(&error)),
+                Ok(Some(_)) if spec.template().is_some() && !dir.file(renewal::DONE).exists() => {
+                    let why = "it ended while it was restored from its memory snapshot".to_owned();
+                    let machine = self.drive(&spec, dir, State::Failed(why.clone()), None);
+                    Ok((Adopted::Unrestored(why), Some(machine)))
+                }
                 Ok(None) => Ok((Adopted::Prepared, Some(self.drive(&spec, dir, State::Preparing, None)))),
                 Ok(Some(exit)) => {
                     if let Err(error) = directory::write_json(&dir.exit(), &exit) {

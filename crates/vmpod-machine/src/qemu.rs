@@ -28,12 +28,13 @@ use crate::console::Watch;
 use crate::directory::MachineDir;
 use crate::hypervisor::{Hypervisor, HypervisorError, Process};
 use crate::lifecycle::Exit;
-use crate::spec::{Arch, Boot, Firmware, Spec};
+use crate::spec::{Accel, Arch, Boot, Firmware, Spec};
 
 mod args;
 mod process;
 mod qmp;
 mod session;
+mod snapshot;
 
 pub use args::args;
 use process::QemuProcess;
@@ -201,6 +202,14 @@ impl Hypervisor for Qemu {
                 });
             }
         };
+        if let Err(error) = snapshot::restore(spec, dir, &qmp).await {
+            if let Some(child) = &mut child {
+                child.kill().await.map_err(HypervisorError::io("can't kill a process that wasn't restored"))?;
+            }
+            let words = last_words(dir).map_or_else(String::new, |words| format!(" ({words})"));
+            let why = format!("{}{words}", crate::machine::error_chain(&error));
+            return Err(HypervisorError::Restore { why });
+        }
         Ok(Box::new(QemuProcess::new(spec, dir, qmp, child.take()).await?))
     }
 
@@ -213,7 +222,11 @@ impl Hypervisor for Qemu {
             }
             // It may be an instant old, and not listening yet.
             let why = match tokio::time::timeout_at(deadline, Qmp::connect(dir, SOCKET)).await {
-                Ok(Ok(qmp)) => return Ok(Some(Box::new(QemuProcess::new(spec, dir, qmp, None).await?))),
+                Ok(Ok(qmp)) => {
+                    // The agent that started it may have died before its guest was itself.
+                    snapshot::restore(spec, dir, &qmp).await?;
+                    return Ok(Some(Box::new(QemuProcess::new(spec, dir, qmp, None).await?)));
+                }
                 Ok(Err(error)) => crate::machine::error_chain(&error),
                 Err(_) => "no answer on its control socket".to_owned(),
             };
@@ -223,6 +236,11 @@ impl Hypervisor for Qemu {
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    async fn snapshots(&self, accel: Accel) -> Option<String> {
+        let version = self.version().await.ok()?;
+        Some(format!("{version}; {}", processor(accel)))
     }
 
     async fn autopsy(&self, _spec: &Spec, dir: &MachineDir) -> Result<Option<Exit>, HypervisorError> {
@@ -252,6 +270,19 @@ impl Hypervisor for Qemu {
             }
         }
     }
+}
+
+/// The processor that a guest sees, as far as a snapshot depends on it.
+fn processor(accel: Accel) -> String {
+    if accel == Accel::Tcg {
+        // The emulated one depends on QEMU alone.
+        return "cpu max".to_owned();
+    }
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let first = text.split("\n\n").next().unwrap_or_default();
+    let wanted = ["model name", "microcode", "flags", "CPU implementer", "CPU part", "Features"];
+    let lines = first.lines().filter(|line| wanted.iter().any(|name| line.starts_with(name)));
+    lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>().join("; ")
 }
 
 /// What became of an attempt to take a machine's lock.

@@ -359,6 +359,18 @@ impl fmt::Display for Accel {
     }
 }
 
+/// What a machine has to do with a memory snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Snapshot {
+    /// It boots, and its memory is to become a [`crate::template::Template`]. Its interfaces lead nowhere, so that nothing of
+    /// a network is in the snapshot.
+    Make,
+    /// It goes on where the template in this directory stopped, and gets the identity that its [`Spec::seed`] and
+    /// [`Spec::networks`] describe before it counts as started.
+    From(PathBuf),
+}
+
 /// A machine, described whole.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Spec {
@@ -387,9 +399,21 @@ pub struct Spec {
     pub access: Access,
     /// What executes it.
     pub accel: Accel,
+    /// Whether it makes, or comes from, a memory snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<Snapshot>,
 }
 
 impl Spec {
+    /// The directory of the template that the machine comes from, when it does.
+    #[must_use]
+    pub fn template(&self) -> Option<&std::path::Path> {
+        match &self.snapshot {
+            Some(Snapshot::From(template)) => Some(template),
+            _ => None,
+        }
+    }
+
     /// The address at which this host reaches the guest's SSH server, when there is one.
     #[must_use]
     pub fn ssh_address(&self) -> Option<std::net::SocketAddr> {
@@ -422,6 +446,7 @@ pub(crate) mod tests {
             networks: Vec::new(),
             access: Access { user: "root".to_owned(), auth: Auth::Key("key".into()), ready_marker: None, port: 22 },
             accel: Accel::Tcg,
+            snapshot: None,
         }
     }
 

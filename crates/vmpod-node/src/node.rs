@@ -333,7 +333,7 @@ impl Node {
                 let unfinished = self.world.machines.directory(id).is_ok_and(|dir| !dir.spec().exists());
                 if unfinished { MachineSeen::Unfinished } else { MachineSeen::Broken(why.clone()) }
             }
-            Adopted::Prepared | Adopted::Running | Adopted::Stopped(_) => MachineSeen::Absent,
+            Adopted::Prepared | Adopted::Running | Adopted::Stopped(_) | Adopted::Unrestored(_) => MachineSeen::Absent,
         }
     }
 

@@ -165,6 +165,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         },
         // Another architecture's instructions can only be emulated.
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
+        snapshot: None,
     })
 }
 

@@ -135,7 +135,7 @@ async fn a_crash_at_any_point_loses_no_machine_and_doubles_none() {
                 Adopted::Running => {
                     machines.get(&id).unwrap().kill().await.unwrap();
                 }
-                Adopted::Stopped(_) | Adopted::Broken(_) => {}
+                Adopted::Stopped(_) | Adopted::Broken(_) | Adopted::Unrestored(_) => {}
             }
             machines.remove(&id, true).await.unwrap();
         }

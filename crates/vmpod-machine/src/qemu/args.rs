@@ -7,8 +7,8 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{SOCKET, VARIABLES};
-use crate::seed;
-use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Forward, Network, Protocol, Spec};
+use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Forward, Network, Protocol, Snapshot, Spec};
+use crate::{renewal, seed, template};
 
 /// The arguments of the QEMU process for `spec`.
 ///
@@ -32,7 +32,7 @@ pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
     line.add("-cpu", if spec.accel == Accel::Tcg { "max" } else { "host" });
     let cpus = spec.cpus.get();
     line.add("-smp", format!("{cpus},sockets=1,cores={cpus},threads=1"));
-    line.add("-m", format!("{}M", spec.memory.mib_up()));
+    memory(&mut line, spec);
 
     line.add("-chardev", format!("socket,id=control,path={SOCKET},server=on,wait=off"));
     line.add("-mon", "chardev=control,mode=control");
@@ -44,8 +44,18 @@ pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
 
     boot(&mut line, spec, firmware);
     line.add("-device", "virtio-rng-pci");
+    if spec.snapshot.is_some() {
+        line.add("-device", "virtio-serial-pci,id=ports");
+        line.add("-chardev", format!("socket,id=renew,path={},server=on,wait=off", renewal::SOCKET));
+        line.add("-device", format!("virtserialport,chardev=renew,name={}", renewal::PORT));
+    }
     disks(&mut line, spec);
     for (index, network) in spec.networks.iter().enumerate() {
+        if spec.snapshot == Some(Snapshot::Make) {
+            // The same device in the same place, without anything behind it: a copy of this machine may be on any network.
+            line.add("-device", "virtio-net-pci,romfile=");
+            continue;
+        }
         match network {
             Network::User { address, ssh_port, forwards, mac } => {
                 let ssh = Forward { protocol: Protocol::Tcp, host_port: *ssh_port, guest_port: spec.access.port };
@@ -57,7 +67,28 @@ pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
             }
         }
     }
+    if spec.template().is_some() {
+        line.add("-incoming", "defer");
+    }
     line.0
+}
+
+/// A snapshot's memory is a file: written by the machine that makes it, mapped privately by those that come from it, which
+/// share what they don't change.
+fn memory(line: &mut Line, spec: &Spec) {
+    let size = format!("{}M", spec.memory.mib_up());
+    let file = match &spec.snapshot {
+        None => None,
+        Some(Snapshot::Make) => Some((Path::new(template::MEMORY).to_owned(), "share=on")),
+        Some(Snapshot::From(template)) => Some((template.join(template::MEMORY), "share=off,readonly=on,rom=off")),
+    };
+    if let Some((path, how)) = file {
+        // In QEMU's option syntax a comma in a value is written twice.
+        let path = path.to_string_lossy().replace(',', ",,");
+        line.add("-object", format!("memory-backend-file,id=ram,size={size},mem-path={path},{how}"));
+        line.add("-machine", "memory-backend=ram");
+    }
+    line.add("-m", size);
 }
 
 fn forward(address: Ipv4Addr, port: Forward) -> String {
@@ -93,6 +124,8 @@ fn machine(spec: &Spec) -> &'static str {
 
 fn boot(line: &mut Line, spec: &Spec, firmware: Option<&Path>) {
     match &spec.boot {
+        // It was loaded before the snapshot was taken.
+        Boot::Kernel { .. } if spec.template().is_some() => {}
         Boot::Kernel { kernel, initrd, cmdline } => {
             line.add("-kernel", kernel);
             if let Some(initrd) = initrd {
@@ -157,9 +190,11 @@ fn disks(line: &mut Line, spec: &Spec) {
         );
     }
     if spec.seed.is_some() {
+        // A copy goes on with the disk that the snapshot's guest saw; what is its own it hears otherwise.
+        let file = spec.template().map_or_else(|| seed::FILE.into(), |template| template.join(seed::FILE));
         let drive = json!({
             "driver": "raw", "node-name": "seed", "read-only": true,
-            "file": {"driver": "file", "filename": seed::FILE, "read-only": true},
+            "file": {"driver": "file", "filename": file, "read-only": true},
         });
         line.add("-blockdev", drive.to_string());
         line.add("-device", "virtio-blk-pci,id=seed,drive=seed");
@@ -231,6 +266,33 @@ mod tests {
         spec.disks = vec![Disk { path: "root.qcow2".into(), format: DiskFormat::Qcow2 }];
         let text = show(&spec, None);
         assert!(text.ends_with("-device virtio-blk-pci,id=blk0,drive=disk0,werror=report,rerror=report"), "{text}");
+    }
+
+    #[test]
+    fn a_template_and_its_copy_have_the_same_devices() {
+        let mut spec = spec("tiny-0");
+        spec.seed = Some(seed());
+        spec.networks = vec![Network::User {
+            address: [127, 64, 0, 9].into(),
+            ssh_port: 2222,
+            forwards: Vec::new(),
+            mac: MacAddr::derive("tiny-0"),
+        }];
+        let devices = |spec: &Spec| -> Vec<String> {
+            let all = args(spec, None);
+            all.windows(2)
+                .filter(|pair| pair[0] == "-device")
+                .map(|pair| pair[1].to_string_lossy().split(',').next().unwrap().to_owned())
+                .collect()
+        };
+        spec.snapshot = Some(Snapshot::Make);
+        let (base_devices, base) = (devices(&spec), show(&spec, None));
+        spec.snapshot = Some(Snapshot::From("/t,1".into()));
+        let (copied, copy) = (devices(&spec), show(&spec, None));
+        assert_eq!(base_devices, copied);
+        assert!(!base.contains("hostfwd") && base.contains("mem-path=ram,share=on"), "{base}");
+        assert!(!copy.contains("-kernel") && copy.contains("mem-path=/t,,1/ram,share=off"), "{copy}");
+        insta::assert_snapshot!(copy);
     }
 
     #[test]

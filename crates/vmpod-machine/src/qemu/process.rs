@@ -27,6 +27,7 @@ pub(super) struct QemuProcess {
     killed: Arc<AtomicBool>,
     exit: watch::Receiver<Option<Exit>>,
     disks: usize,
+    dir: MachineDir,
     /// Ends with us, and lets go of the control socket then.
     _watcher: AbortOnDropHandle<()>,
 }
@@ -82,7 +83,7 @@ impl QemuProcess {
             exit_tx.send_replace(Some(exit));
         });
         let watcher = AbortOnDropHandle::new(watcher);
-        Ok(Self { qmp, handle, killed, exit, disks: spec.disks.len(), _watcher: watcher })
+        Ok(Self { qmp, handle, killed, exit, disks: spec.disks.len(), dir: dir.clone(), _watcher: watcher })
     }
 }
 
@@ -123,6 +124,10 @@ impl Process for QemuProcess {
         let (cpu, rss) = usage(self.handle.pid)?;
         let disks = (0..self.disks).map(|index| disk_stats(&answer, &disk_node(index))).collect();
         Ok(Stats { cpu, rss, disks })
+    }
+
+    async fn snapshot(&self) -> Result<(), HypervisorError> {
+        super::snapshot::save(&self.dir, &self.qmp, self.handle.pid).await
     }
 
     fn pid(&self) -> Option<u32> {
@@ -267,6 +272,11 @@ fn usage(pid: u32) -> Result<(Duration, u64), HypervisorError> {
     };
     let (stat, status) = (read("stat")?, read("status")?);
     Ok((cpu_time(&stat).unwrap_or_default(), resident(&status).unwrap_or_default()))
+}
+
+/// Processor time that a process has used.
+pub(super) fn cpu_used(pid: u32) -> Result<Duration, HypervisorError> {
+    Ok(usage(pid)?.0)
 }
 
 fn cpu_time(stat: &str) -> Option<Duration> {

@@ -29,24 +29,30 @@ pub(super) struct Qmp {
     pending: Arc<Mutex<Option<Pending>>>,
     next: AtomicU64,
     shutdown: watch::Receiver<Option<String>>,
+    migration: watch::Receiver<Option<String>>,
     peer: Option<u32>,
     /// Ends with us: QEMU speaks to one client at a time, and the next may be waiting.
     _reader: AbortOnDropHandle<()>,
 }
 
+/// Connects to a socket in a machine's directory.
+pub(super) async fn connect(dir: &MachineDir, socket: &str) -> Result<UnixStream, HypervisorError> {
+    let io =
+        |source| HypervisorError::Io { action: format!("can't connect to {}", dir.file(socket).display()), source };
+    let directory = std::fs::File::open(dir.path()).map_err(io)?;
+    // A socket's path may have 108 bytes at most; the one through our own descriptor is always short.
+    let path = if cfg!(target_os = "linux") {
+        format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd()).into()
+    } else {
+        dir.file(socket)
+    };
+    UnixStream::connect(path).await.map_err(io)
+}
+
 impl Qmp {
     /// Connects to a socket in a machine's directory and shakes hands.
     pub(super) async fn connect(dir: &MachineDir, socket: &str) -> Result<Self, HypervisorError> {
-        let action = || format!("can't connect to {}", dir.file(socket).display());
-        let io = |source| HypervisorError::Io { action: action(), source };
-        let directory = std::fs::File::open(dir.path()).map_err(io)?;
-        // A socket's path may have 108 bytes at most; the one through our own descriptor is always short.
-        let path = if cfg!(target_os = "linux") {
-            format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd()).into()
-        } else {
-            dir.file(socket)
-        };
-        let stream = UnixStream::connect(path).await.map_err(io)?;
+        let stream = connect(dir, socket).await?;
         let peer = stream.peer_cred().ok().and_then(|cred| cred.pid()).and_then(|pid| u32::try_from(pid).ok());
         let (reader, writer) = stream.into_split();
         let limit = tokio::time::timeout(LIMIT, Self::handshake(reader, writer, peer)).await;
@@ -66,11 +72,12 @@ impl Qmp {
         }
         let pending = Arc::new(Mutex::new(Some(Pending::new())));
         let (shutdown_tx, shutdown) = watch::channel(None);
+        let (migration_tx, migration) = watch::channel(None);
         let theirs = Arc::clone(&pending);
         let reader = tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 if let Ok(message) = serde_json::from_str::<Value>(&line) {
-                    receive(&message, &theirs, &shutdown_tx);
+                    receive(&message, &theirs, &shutdown_tx, &migration_tx);
                 }
             }
             // Whoever still waits gets "closed": dropping the senders says so.
@@ -81,6 +88,7 @@ impl Qmp {
             pending,
             next: AtomicU64::new(0),
             shutdown,
+            migration,
             peer,
             _reader: AbortOnDropHandle::new(reader),
         };
@@ -122,17 +130,37 @@ impl Qmp {
         shutdown.borrow().clone()
     }
 
+    /// How the migration ends that was asked for, once it does: `completed`, `failed` or `cancelled`. `None` when the
+    /// connection closes before. Wants the capability `events`.
+    pub(super) async fn migration_ended(&self) -> Option<String> {
+        let mut migration = self.migration.clone();
+        let over = |status: &Option<String>| matches!(status.as_deref(), Some("completed" | "failed" | "cancelled"));
+        migration.wait_for(over).await.ok().and_then(|status| status.clone())
+    }
+
     /// The process at the other end, as the kernel knows it.
     pub(super) fn peer(&self) -> Option<u32> {
         self.peer
     }
 }
 
-fn receive(message: &Value, pending: &Mutex<Option<Pending>>, shutdown: &watch::Sender<Option<String>>) {
-    if message.get("event").and_then(Value::as_str) == Some("SHUTDOWN") {
-        let reason = message.pointer("/data/reason").and_then(Value::as_str).unwrap_or("unknown");
-        shutdown.send_replace(Some(reason.to_owned()));
-        return;
+fn receive(
+    message: &Value,
+    pending: &Mutex<Option<Pending>>,
+    shutdown: &watch::Sender<Option<String>>,
+    migration: &watch::Sender<Option<String>>,
+) {
+    let datum = |path: &str| message.pointer(path).and_then(Value::as_str).unwrap_or("unknown").to_owned();
+    match message.get("event").and_then(Value::as_str) {
+        Some("SHUTDOWN") => {
+            shutdown.send_replace(Some(datum("/data/reason")));
+            return;
+        }
+        Some("MIGRATION") => {
+            migration.send_replace(Some(datum("/data/status")));
+            return;
+        }
+        _ => {}
     }
     let Some(id) = message.get("id").and_then(Value::as_u64) else { return };
     let Some(answer) = lock(pending).as_mut().and_then(|pending| pending.remove(&id)) else { return };
