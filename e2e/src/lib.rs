@@ -9,6 +9,7 @@
 //! skipped.
 
 pub mod command;
+pub mod gitlab;
 pub mod home;
 pub mod host;
 pub mod leaks;

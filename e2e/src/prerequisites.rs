@@ -42,6 +42,11 @@ pub fn debian() -> Result<PathBuf> {
     need(target().join("guest/debian.oci"), "the Debian guest", "guest-debian")
 }
 
+/// The CI runner for guests; a static program, so this host can run it as well.
+pub fn job_agent() -> Result<PathBuf> {
+    need(target().join("guest/agent/job-agent"), "the job agent", "agent")
+}
+
 /// A program of the host.
 pub fn program(name: &str, package: &str) -> Result<PathBuf> {
     let paths = std::env::var_os("PATH").unwrap_or_default();
