@@ -64,8 +64,15 @@ fn give(state: &mut State, from: SocketAddr, params: &Params, now: Timestamp) ->
     Ok(answer(StatusCode::CREATED, &payload(job)))
 }
 
-/// A machine is known by its first request for a job.
-fn contact(state: &mut State, runner: u64, system_id: &str, from: SocketAddr, params: &Params, now: Timestamp) {
+/// A machine is known by its first request.
+pub(super) fn contact(
+    state: &mut State,
+    runner: u64,
+    system_id: &str,
+    from: SocketAddr,
+    params: &Params,
+    now: Timestamp,
+) {
     let number = state.number();
     let info = |name: &str| {
         let value = params.get("info").and_then(|info| info[name].as_str());

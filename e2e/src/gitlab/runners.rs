@@ -1,9 +1,10 @@
 //! The API of runners: records, tokens, machines.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use axum::Router;
-use axum::extract::{Path, State as Extract};
+use axum::extract::{ConnectInfo, Path, State as Extract};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{delete, get, post};
 use http::{HeaderMap, StatusCode};
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::Shared;
 use super::gate::{administrator, answer, refuse};
+use super::jobs::contact;
 use super::params::Params;
 use super::state::{Job, JobStatus, Runner, Scope, State};
 
@@ -277,13 +279,20 @@ async fn delete_manager(Extract(shared): Extract<Shared>, params: Params) -> Res
     })())
 }
 
-async fn verify(Extract(shared): Extract<Shared>, params: Params) -> Response {
-    let state = shared.state();
-    let runner = state.runner_of(&params.text("token").unwrap_or_default(), Timestamp::now());
-    flat(runner.and_then(|id| state.runners.get(&id)).ok_or_else(|| Box::new(forbidden())).map(|runner| {
-        let body = json!({ "id": runner.id, "token": runner.token, "token_expires_at": runner.token_expires_at });
-        answer(StatusCode::OK, &body)
-    }))
+async fn verify(
+    Extract(shared): Extract<Shared>,
+    ConnectInfo(from): ConnectInfo<SocketAddr>,
+    params: Params,
+) -> Response {
+    let mut state = shared.state();
+    let now = Timestamp::now();
+    let Some(id) = state.runner_of(&params.text("token").unwrap_or_default(), now) else { return forbidden() };
+    // Whoever verifies is a machine from then on, as for GitLab.
+    let system_id = params.text("system_id").unwrap_or_else(|| "<legacy>".into());
+    contact(&mut state, id, &system_id, from, &params, now);
+    let Some(runner) = state.runners.get(&id) else { return forbidden() };
+    let body = json!({ "id": id, "token": runner.token, "token_expires_at": runner.token_expires_at });
+    answer(StatusCode::OK, &body)
 }
 
 async fn reset_by_token(Extract(shared): Extract<Shared>, params: Params) -> Response {

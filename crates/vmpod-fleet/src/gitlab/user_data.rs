@@ -1,0 +1,178 @@
+//! What a guest learns at its first boot: where its GitLab is, the runner's token, and who it is.
+//!
+//! It holds the token, so it goes into a Secret, never into a Pod.
+
+use std::time::Duration;
+
+use super::record::Held;
+
+/// A machine that is to serve a pool.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine<'a> {
+    /// The GitLab.
+    pub url: &'a str,
+    /// The pool's record and token.
+    pub held: &'a Held,
+    /// Who it is: see [`system_id`].
+    pub system_id: &'a str,
+    /// The name of its Runner, for people.
+    pub name: &'a str,
+    /// After so many jobs it ends.
+    pub jobs: u32,
+    /// A machine that gets no job for so long ends; never without.
+    pub wait: Option<Duration>,
+}
+
+/// A template can't be filled.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TemplateError {
+    /// It uses a name that doesn't exist.
+    #[error("the user data uses $(VMPOD_{name}), which doesn't exist; there are {names}", names = names())]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+}
+
+const PREFIX: &str = "$(VMPOD_";
+
+fn names() -> String {
+    let all = ["GITLAB_URL", "RUNNER_TOKEN", "SYSTEM_ID", "RUNNER_NAME", "MAX_JOBS"];
+    all.map(|name| format!("$(VMPOD_{name})")).join(", ")
+}
+
+impl Machine<'_> {
+    fn value(&self, name: &str) -> Option<String> {
+        Some(match name {
+            "GITLAB_URL" => self.url.to_owned(),
+            "RUNNER_TOKEN" => self.held.token.expose().to_owned(),
+            "SYSTEM_ID" => self.system_id.to_owned(),
+            "RUNNER_NAME" => self.name.to_owned(),
+            "MAX_JOBS" => self.jobs.to_string(),
+            _ => return None,
+        })
+    }
+}
+
+/// The `system_id` of a machine, made of its Runner's UID.
+///
+/// GitLab Runner takes one from its file only in this form: `r_` and twelve letters or digits.
+#[must_use]
+pub fn system_id(uid: &str) -> String {
+    let letters: String = uid.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
+    format!("r_{letters:0<12}")
+}
+
+/// Puts a machine's values in place of `$(VMPOD_…)` in a pool's own user data. All else stays as it is.
+pub fn fill(template: &str, machine: &Machine<'_>) -> Result<String, TemplateError> {
+    let (mut filled, mut rest) = (String::with_capacity(template.len() + 256), template);
+    while let Some((before, after)) = rest.split_once(PREFIX) {
+        let name: String = after.chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect();
+        let value = machine.value(&name).filter(|_| after[name.len()..].starts_with(')'));
+        let Some(value) = value else { return Err(TemplateError::Unknown { name }) };
+        filled.push_str(before);
+        filled.push_str(&value);
+        rest = &after[name.len() + 1..];
+    }
+    filled.push_str(rest);
+    Ok(filled)
+}
+
+/// User data for an image that has cloud-init and GitLab Runner: it takes its jobs and then switches the machine off.
+#[must_use]
+pub fn standard(machine: &Machine<'_>) -> String {
+    // Strings of TOML and YAML may be written as JSON's.
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let (name, url, token) = (quoted(machine.name), quoted(machine.url), quoted(machine.held.token.expose()));
+    let (system_id, jobs) = (quoted(machine.system_id), machine.jobs);
+    let wait = machine.wait.map_or(0, |wait| wait.as_secs().max(1));
+    format!(
+        r#"#cloud-config
+write_files:
+  - path: /etc/gitlab-runner/config.toml
+    permissions: "0600"
+    content: |
+      concurrent = 1
+      [[runners]]
+        name = {name}
+        url = {url}
+        token = {token}
+        executor = "shell"
+  - path: /etc/gitlab-runner/.runner_system_id
+    permissions: "0600"
+    content: {system_id}
+  - path: /etc/systemd/system/vmpod-runner.service
+    content: |
+      [Unit]
+      After=network-online.target
+      Wants=network-online.target
+      [Service]
+      ExecStart=gitlab-runner run-single -c /etc/gitlab-runner/config.toml -r {name} --max-builds {jobs} --wait-timeout {wait}
+      ExecStopPost=systemctl poweroff --no-block
+      KillSignal=SIGQUIT
+      TimeoutStopSec=infinity
+runcmd:
+  - [systemctl, daemon-reload]
+  - [systemctl, start, --no-block, vmpod-runner.service]
+"#
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+    use proptest::prelude::*;
+
+    use super::super::record::Token;
+    use super::*;
+
+    fn held() -> Held {
+        Held { record: 1, token: Token::new("glrt-secret".into()), issued: Timestamp::UNIX_EPOCH, expires: None }
+    }
+
+    fn machine(held: &Held) -> Machine<'_> {
+        Machine {
+            url: "https://gitlab.example.com",
+            held,
+            system_id: "r_0123456789ab",
+            name: "large-x2x4",
+            jobs: 1,
+            wait: None,
+        }
+    }
+
+    #[test]
+    fn a_template_gets_the_machines_values_and_nothing_else() {
+        let held = held();
+        let text = "#!/bin/sh\nagent --token=$(VMPOD_RUNNER_TOKEN) --id '$(VMPOD_SYSTEM_ID)' $(date) $VMPOD_X\n";
+        let filled = fill(text, &machine(&held)).unwrap();
+        assert_eq!(filled, "#!/bin/sh\nagent --token=glrt-secret --id 'r_0123456789ab' $(date) $VMPOD_X\n");
+        let error = fill("$(VMPOD_TOKEN)", &machine(&held)).unwrap_err();
+        assert!(error.to_string().contains("$(VMPOD_TOKEN)") && error.to_string().contains("$(VMPOD_RUNNER_TOKEN)"));
+    }
+
+    #[test]
+    fn the_standard_one_is_cloud_config_that_runs_one_machines_jobs() {
+        let held = held();
+        let text = standard(&machine(&held));
+        assert!(text.starts_with("#cloud-config\n"));
+        insta::assert_snapshot!(text);
+    }
+
+    proptest! {
+        #[test]
+        fn a_system_id_has_the_form_that_gitlab_runner_takes(uid in "[ -~]{0,60}") {
+            let id = system_id(&uid);
+            let letters = id.strip_prefix("r_").unwrap();
+            prop_assert!(letters.len() == 12 && letters.chars().all(|c| c.is_ascii_alphanumeric()));
+        }
+
+        #[test]
+        fn any_template_is_filled_or_refused(text in "[ -~\n]{0,80}", at in 0_usize..80) {
+            let held = held();
+            let at = at.min(text.len());
+            let text = format!("{}$(VMPOD_{}", &text[..at], &text[at..]);
+            drop(fill(&text, &machine(&held)));
+        }
+    }
+}
