@@ -115,6 +115,14 @@ busybox() {
     done
 }
 
+# Compiles the program that sets a copied guest's clock and random numbers. Rust needs a C compiler as its linker, so there
+# is one.
+renewed() {
+    mkdir -p "$(dirname "$1")"
+    cc -Os -static -nostdlib -ffreestanding -fno-stack-protector -fno-asynchronous-unwind-tables -Wall -Wextra -Werror \
+        -Wl,--build-id=none,-s -o "$1" "$root/guests/renewed.c"
+}
+
 # Packs a tree as an initrd: sorted, with fixed times and numeric owner root, so that it is the same each time. lz4 is
 # what unpacks fastest in a guest.
 initrd() {

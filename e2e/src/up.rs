@@ -59,6 +59,10 @@ impl Up {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log)?;
         let mut command = home.command()?;
         command.args(["up", "--api-port", "0", "--kubelet-port", "0"]).args(args);
+        if !args.contains(&"--snapshots") {
+            // A test that doesn't ask for them isn't to make them beside its work.
+            command.args(["--snapshots", "0"]);
+        }
         command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(file);
         let child = command.spawn().context("can't start vmpod up")?;
         Ok(Self { child, log, kubeconfig, ready_after: Duration::ZERO, quiet: false })

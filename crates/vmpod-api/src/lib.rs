@@ -3,3 +3,4 @@
 //! Pure data: nothing here does any I/O.
 
 pub mod annotations;
+pub mod labels;

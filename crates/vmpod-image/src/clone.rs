@@ -30,7 +30,7 @@ pub(crate) fn make(
     for (index, disk) in image.config.disks.iter().enumerate() {
         let asked = if index == 0 { disk_size.unwrap_or(0) } else { 0 };
         let size = asked.max(disk.size).next_multiple_of(SECTOR);
-        disks.push(clone_disk(&from.join(Part::Disk(index).file_name()), into, index, size)?);
+        disks.push(clone_disk(&from.join(Part::Disk(index).file_name()), DiskFormat::Raw, into, index, size)?);
     }
     let boot = match &image.config.boot {
         Boot::Firmware(firmware) => ClonedBoot::Firmware(*firmware),
@@ -56,12 +56,20 @@ pub(crate) fn make(
     Ok(ClonedImage { digest: image.digest, config: image.config.clone(), boot, disks, nvram })
 }
 
-fn clone_disk(base: &Path, into: &Path, index: usize, size: u64) -> Result<ClonedDisk, StoreError> {
+/// Makes a writable copy of the disk file `base` in the directory `into`, without copying data: disk number `index`, of
+/// `size` bytes. Files of an earlier attempt are replaced. The base must stay as it is while the copy is in use.
+pub fn clone_disk(
+    base: &Path,
+    format: DiskFormat,
+    into: &Path,
+    index: usize,
+    size: u64,
+) -> Result<ClonedDisk, StoreError> {
     let raw = into.join(format!("disk-{index}.raw"));
     let overlay = into.join(format!("disk-{index}.qcow2"));
     files::remove_file(&raw)?;
     files::remove_file(&overlay)?;
-    if reflink_copy::reflink(base, &raw).is_ok() {
+    if format == DiskFormat::Raw && reflink_copy::reflink(base, &raw).is_ok() {
         own(&raw)?;
         let file = OpenOptions::new().write(true).open(&raw).map_err(io("open", &raw))?;
         file.set_len(size).map_err(io("grow", &raw))?;
@@ -69,7 +77,7 @@ fn clone_disk(base: &Path, into: &Path, index: usize, size: u64) -> Result<Clone
     }
     // Each file system refuses in its own words; whatever it was, an overlay will do, or tell better.
     files::remove_file(&raw)?;
-    write_overlay(base, &overlay, size)?;
+    write_overlay(base, format, &overlay, size)?;
     Ok(ClonedDisk { path: overlay, format: DiskFormat::Qcow2, size })
 }
 
@@ -78,8 +86,8 @@ fn own(path: &Path) -> Result<(), StoreError> {
     std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(io("make writable", path))
 }
 
-fn write_overlay(base: &Path, path: &PathBuf, size: u64) -> Result<(), StoreError> {
-    let overlay = qcow2::Overlay::new(base, size)?;
+fn write_overlay(base: &Path, format: DiskFormat, path: &PathBuf, size: u64) -> Result<(), StoreError> {
+    let overlay = qcow2::Overlay::new(base, format, size)?;
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(io("make", path))?;
     write_parts(&file, &overlay).map_err(io("write", path))
 }

@@ -33,6 +33,7 @@ mod store;
 mod transfer;
 
 pub use blobs::{BlobError, Retry};
+pub use clone::clone_disk;
 pub use config::{
     Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind, UnknownName,
 };

@@ -162,6 +162,16 @@ impl Machines {
         self.inner.hypervisor.name()
     }
 
+    /// A point at which a test may let the agent die.
+    pub(crate) async fn hit(&self, name: &str) {
+        self.inner.faults.hit(name).await;
+    }
+
+    /// What memory snapshots depend on here; none where none can be taken. See [`crate::Hypervisor::snapshots`].
+    pub async fn snapshots(&self, accel: crate::Accel) -> Option<String> {
+        self.inner.hypervisor.snapshots(accel).await
+    }
+
     /// The directory of all machines.
     #[must_use]
     pub fn root(&self) -> &Path {

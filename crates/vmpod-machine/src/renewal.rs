@@ -8,8 +8,9 @@
 //! guest: hello 1                          it can take an identity, in version 1 of these words
 //! host:  begin
 //!        time SECONDS NANOSECONDS         since 1970, UTC
-//!        entropy BASE64                   64 bytes for the random pool, and to reseed the generator with
-//!        instance ID                      for machine-id and cloud-init; unlike any other
+//!        entropy BASE64                   64 bytes; as text is fine for the random pool, which must be reseeded from it
+//!        instance ID                      for cloud-init; unlike any other
+//!        machine HEX                      32 digits for /etc/machine-id, made from the instance
 //!        hostname NAME
 //!        mac xx:xx:xx:xx:xx:xx            for the first interface
 //!        address ADDRESS/BITS | dhcp
@@ -86,6 +87,9 @@ pub fn message(spec: &Spec, now: Timestamp, entropy: &[u8; ENTROPY]) -> String {
     text.add("time", &format!("{} {}", now.as_second(), now.subsec_nanosecond().max(0)));
     text.add("entropy", &STANDARD.encode(entropy));
     text.add("instance", instance(spec));
+    let machine =
+        uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, format!("vmpod:machine:{}", instance(spec)).as_bytes());
+    text.add("machine", &machine.simple().to_string());
     if let Some(seed) = &spec.seed {
         text.add("hostname", &seed.hostname);
     }
@@ -174,7 +178,7 @@ mod tests {
         #[test]
         fn no_value_makes_a_line_of_its_own(host in "\\PC*|(a\nkey evil)", key in any::<String>(), data in any::<String>()) {
             let text = message(&with_seed(&host, &key, Some(&data)), Timestamp::UNIX_EPOCH, &[0; ENTROPY]);
-            let known = ["begin", "time", "entropy", "instance", "hostname", "mac", "address", "gateway", "dns", "login",
+            let known = ["begin", "time", "entropy", "instance", "machine", "hostname", "mac", "address", "gateway", "dns", "login",
                 "key", "data", "end"];
             for line in text.lines() {
                 let word = line.split(' ').next().unwrap();

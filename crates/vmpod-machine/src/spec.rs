@@ -417,6 +417,10 @@ impl Spec {
     /// The address at which this host reaches the guest's SSH server, when there is one.
     #[must_use]
     pub fn ssh_address(&self) -> Option<std::net::SocketAddr> {
+        if self.snapshot == Some(Snapshot::Make) {
+            // Its interfaces lead nowhere, and the address is that of another machine.
+            return None;
+        }
         let Network::User { address, ssh_port, .. } = self.networks.first()?;
         Some((*address, *ssh_port).into())
     }

@@ -379,13 +379,17 @@ impl Templates {
         // One that an earlier try left.
         let machine = self.machines.create(spec.clone()).await.map_err(failed)?;
         machine.start().await.map_err(failed)?;
+        self.machines.hit("template: its machine runs").await;
         machine.snapshot().await.map_err(failed)?;
+        self.machines.hit("template: memory saved").await;
         let (templates, key, id, dir) = (self.clone(), key.clone(), id.clone(), machine.dir().path().to_owned());
         let kept = tokio::task::spawn_blocking({
             let id = id.clone();
             move || templates.keep(&key, &id, &spec, &dir)
         });
-        kept.await.map_err(|error| TemplateError::Unfit { id, why: error.to_string() })?
+        let kept = kept.await.map_err(|error| TemplateError::Unfit { id, why: error.to_string() })?;
+        self.machines.hit("template: in place").await;
+        kept
     }
 
     /// Moves a stopped machine's files into a template.

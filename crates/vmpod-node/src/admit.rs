@@ -6,7 +6,10 @@ use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm
 
 use vmpod_api::annotations;
 
-use crate::pod::{self, Requests};
+use crate::{
+    pod::{self, Requests},
+    snapshots::Start,
+};
 
 /// Why a pod is refused: its status gets phase Failed with these.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,14 +89,11 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
             ));
         }
     }
-    match pod::annotation(pod, annotations::START) {
-        None | Some("auto" | "boot") => {}
-        Some(other) => {
-            return Err(Refusal::new(
-                "StartUnsupported",
-                format!("Annotation {}={other:?}: only \"auto\" and \"boot\" are supported yet", annotations::START),
-            ));
-        }
+    if let Err(other) = Start::of(pod) {
+        return Err(Refusal::new(
+            "StartUnsupported",
+            format!("Annotation {}={other:?}: it takes \"auto\", \"boot\" or \"snapshot\"", annotations::START),
+        ));
     }
     Ok(())
 }

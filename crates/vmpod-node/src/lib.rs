@@ -29,6 +29,7 @@ mod record;
 mod registration;
 mod run_config;
 pub mod server;
+mod snapshots;
 mod source;
 mod status;
 mod status_writer;

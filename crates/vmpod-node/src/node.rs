@@ -17,7 +17,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use vmpod_machine::{Adopted, FaultPoints, MachineError, MachineId};
+use vmpod_machine::{Adopted, FaultPoints, MachineError, MachineId, TemplateError};
 
 use crate::{
     Options,
@@ -32,6 +32,7 @@ use crate::{
     record::{Kept, Record, RecordError, Records},
     registration::{self, Profile},
     server::{self, Runtime, tls},
+    snapshots::{self, Snapshots},
     source::{self, Change},
     worker::{self, Beginning},
     world::{Ledger, Wanted, World},
@@ -55,6 +56,9 @@ pub enum NodeError {
         #[source]
         source: io::Error,
     },
+    /// The memory snapshots of images.
+    #[error("could not open the memory snapshots of images")]
+    Templates(#[from] TemplateError),
     /// The kubelet API's certificates.
     #[error("could not set up the kubelet API")]
     Tls(#[from] tls::TlsError),
@@ -128,6 +132,8 @@ impl Node {
                 }
             }
         }
+        Snapshots::remove_makers(&options.machines, left.machines.iter().map(|(id, _)| id.clone())).await;
+        left.machines.retain(|(id, _)| !snapshots::makes(id));
         let capacity = options.capacity;
         let allocatable = Requests {
             millicpus: capacity.allocatable_millicpus(),
@@ -146,13 +152,27 @@ impl Node {
             hypervisor: options.machines.hypervisor().to_owned(),
             features: Vec::new(),
         };
+        let events = Events::start(options.client.clone(), options.name.clone());
+        let scope = holders::holder_scope(options.machines.root());
+        let snapshots = options.snapshot_budget.map(|budget| {
+            Snapshots::open(snapshots::Parts {
+                dir: options.dir.join("templates"),
+                machines: options.machines.clone(),
+                store: options.store.clone(),
+                events: events.clone(),
+                scope: scope.clone(),
+                accel: options.accel,
+                budget,
+            })
+        });
         let world = Arc::new(World {
-            events: Events::start(options.client.clone(), options.name.clone()),
+            events,
+            snapshots: snapshots.transpose()?,
             name: options.name,
             address: options.address,
             client: options.client,
             store: options.store,
-            scope: holders::holder_scope(options.machines.root()),
+            scope,
             machines: options.machines,
             accel: options.accel,
             defaults: options.defaults,
@@ -233,6 +253,7 @@ impl Node {
             move |node| keeper.ledger.set_node(node),
         ));
         tasks.spawn(registration::keep_lease(world.client.clone(), registered));
+        tasks.spawn(snapshots::keep(Arc::clone(&world)));
         let (changes, mut pods) = mpsc::channel(64);
         let (client, name) = (world.client.clone(), world.name.clone());
         tasks.spawn(async move { source::run(client, &name, changes).await });
@@ -258,6 +279,9 @@ impl Node {
             self.stop_machines(&mut pods).await;
         }
         tasks.shutdown().await;
+        if let Some(snapshots) = &world.snapshots {
+            snapshots.stop().await;
+        }
         serving_stop.cancel();
         while server.join_next().await.is_some() {}
         result
@@ -355,7 +379,9 @@ impl Node {
     async fn release_holders(&self, present: HashSet<MachineId>) {
         let world = Arc::clone(&self.world);
         let released = tokio::task::spawn_blocking(move || {
-            let present = |name: &str| MachineId::parse(name).is_ok_and(|id| present.contains(&id));
+            let templates = world.snapshots.as_ref().map(Snapshots::holders).unwrap_or_default();
+            let present =
+                |name: &str| MachineId::parse(name).is_ok_and(|id| present.contains(&id) || templates.contains(&id));
             holders::release_except(&world.store, world.machines.root(), present)
         });
         match released.await {

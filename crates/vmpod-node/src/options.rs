@@ -42,6 +42,8 @@ pub struct Options {
     pub taints: Vec<Taint>,
     /// Whether machines go on when the agent is told to stop.
     pub keep_vms: bool,
+    /// Bytes that memory snapshots of images may take; none turns them off.
+    pub snapshot_budget: Option<u64>,
     /// How long machines get to shut down when the agent stops without `keep_vms`.
     pub shutdown_grace: Duration,
 }

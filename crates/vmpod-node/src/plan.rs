@@ -33,6 +33,8 @@ pub(crate) struct Desired<'a> {
 pub(crate) struct Observed {
     /// The machine of the current attempt.
     pub(crate) machine: MachineSeen,
+    /// The machine was to go on from a memory snapshot.
+    pub(crate) restored: bool,
     /// The guest answers.
     pub(crate) guest_ready: bool,
     /// What the guest is waited for, in words.
@@ -120,6 +122,8 @@ pub(crate) enum Step {
     Run(Job),
     /// Write down that an attempt begins, with the image that was resolved.
     Begin,
+    /// Write down that the machine couldn't go on from its memory snapshot, and why, and that it boots instead.
+    FallBack(String),
     /// Write down that the machine was seen running.
     NoteStarted,
     /// Write down that the main process is about to be asked for.
@@ -303,6 +307,10 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
         }
         MachineSeen::Absent => run(Job::Prepare, seen, now),
         MachineSeen::Prepared => run(Job::Start, seen, now),
+        // Nothing of the pod's ran. What is left goes, and the attempt goes on with a machine that boots: once.
+        MachineSeen::Failed(why) if seen.restored && !attempt.boots => Plan::step(Step::FallBack(why.clone())),
+        MachineSeen::Failed(_) if seen.restored && seen.job.is_some() => Plan::wait(),
+        MachineSeen::Failed(_) if seen.restored => run(Job::Remove, seen, now),
         MachineSeen::Failed(why) => end(pod, record, ended(record, attempt, 128, "StartError", Some(why.clone()), now)),
         // It may have run, and may run now. Once that is written down nothing starts it again, and it can go.
         MachineSeen::Broken(_) if attempt.started.is_none() => Plan::step(Step::NoteStarted),

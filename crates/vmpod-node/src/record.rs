@@ -56,6 +56,9 @@ pub(crate) struct Attempt {
     pub(crate) main: Main,
     #[serde(default)]
     pub(crate) ended: Option<Ended>,
+    /// Its machine couldn't go on from a memory snapshot and boots instead.
+    #[serde(default)]
+    pub(crate) boots: bool,
 }
 
 /// The image an attempt runs, fixed when it begins: a tag may move later.
@@ -326,6 +329,7 @@ mod tests {
             started: None,
             main: Main::Ended { code: Some(3), started: None, at: Timestamp::UNIX_EPOCH, why: None },
             ended: None,
+            boots: false,
         });
         record
     }

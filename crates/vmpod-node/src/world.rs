@@ -22,6 +22,7 @@ use crate::{
     pod::{PodUid, Requests},
     record::{Record, Records},
     run_config::RunConfig,
+    snapshots::Snapshots,
 };
 
 /// What all workers share. Nothing here is a pod's own.
@@ -41,6 +42,8 @@ pub(crate) struct World {
     pub(crate) faults: FaultPoints,
     pub(crate) low_ports: bool,
     pub(crate) ledger: Ledger,
+    /// None where memory snapshots are turned off.
+    pub(crate) snapshots: Option<Snapshots>,
     pub(crate) pods: Mutex<BTreeMap<PodUid, Handle>>,
 }
 
@@ -129,6 +132,13 @@ impl Ledger {
     /// What the node offers.
     pub(crate) fn allocatable(&self) -> Requests {
         self.book().allocatable
+    }
+
+    /// Memory that no admitted pod asked for, bytes.
+    pub(crate) fn free_memory(&self) -> u64 {
+        let book = self.book();
+        let used: u64 = book.admitted.values().map(|asked| asked.memory).fold(0, u64::saturating_add);
+        book.allocatable.memory.saturating_sub(used)
     }
 
     /// The Node object, for labels and taints.

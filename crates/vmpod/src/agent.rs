@@ -49,6 +49,7 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
         labels: BTreeMap::new(),
         taints: Vec::new(),
         keep_vms: args.keep_vms,
+        snapshot_budget: Some(args.snapshots.bytes).filter(|bytes| *bytes > 0),
         shutdown_grace: args.shutdown_grace,
     })
 }

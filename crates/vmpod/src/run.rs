@@ -65,6 +65,8 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         keep_vms: false,
         max_pods: 1,
         reserve_memory: None,
+        // It would be gone before anybody could use it.
+        snapshots: args::Size { bytes: 0, quantity: "0".to_owned() },
         shutdown_grace: GRACE,
         accel: None,
         qemu: args.qemu.clone(),

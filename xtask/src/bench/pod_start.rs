@@ -22,7 +22,11 @@ use serde_json::{Value, json};
 use super::process::{self, Owned};
 use super::samples::Samples;
 
-const START: Duration = Duration::from_mins(2);
+mod warm;
+
+use warm::Warm;
+
+const START: Duration = Duration::from_mins(5);
 
 pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     let rounds = if quick { 3 } else { 10 };
@@ -37,6 +41,9 @@ pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<
     let scratch = tempfile::Builder::new().prefix("vmpod-bench-").tempdir_in(root.join("target"))?;
     let bench = Bench { program, home: scratch.path().join("home"), scratch: scratch.path().to_owned() };
     bench.vmpod(&["image", "import", path(&guest)?, "tiny"])?;
+    let debian = root.join("target/guest/debian.oci");
+    ensure!(debian.is_dir(), "{} is missing: run `make guest-debian` first", debian.display());
+    bench.vmpod(&["image", "import", path(&debian)?, "debian"])?;
     let up = bench.up()?;
     let outcome = runtime.block_on(bench.measure(rounds, pods_for_memory, up.id()));
     // The machines end with it, also when measuring failed.
@@ -59,6 +66,7 @@ struct Figures {
     exec: Samples,
     raw: Samples,
     informed: Samples,
+    warm: Warm,
     rss_idle: f64,
     rss_per_pod: Option<f64>,
 }
@@ -72,7 +80,7 @@ impl Bench {
         for round in 0..rounds {
             let name = format!("round-{round}");
             let created = Instant::now();
-            let uid = create(&pods, &name).await?;
+            let uid = create(&pods, &name, &COLD).await?;
             ready(&pods, &name).await?;
             figures.ready.push(created.elapsed().as_secs_f64());
             exec_true(&pods, &name).await?;
@@ -88,12 +96,13 @@ impl Bench {
             figures.informed.push(by_hand.start_until_ssh(true)?.as_secs_f64());
             crate::say(&format!("round {} of {rounds} done", round + 1));
         }
+        figures.warm = warm::measure(&pods, rounds, &self.home.join("machines")).await?;
         if pods_for_memory > 0 {
             let before = process::resident_mib(agent)?;
             // One after the other: what is asked is memory, not how fast many boot at once.
             for number in 0..pods_for_memory {
                 let name = format!("memory-{number}");
-                create(&pods, &name).await?;
+                create(&pods, &name, &COLD).await?;
                 ready(&pods, &name).await?;
             }
             figures.rss_per_pod = Some((process::resident_mib(agent)? - before) / f64::from(pods_for_memory));
@@ -240,6 +249,9 @@ impl Figures {
             ("QEMU by hand, polled by ssh", &self.raw),
             ("QEMU by hand, console, then ssh", &self.informed),
             ("exec of `true`, warm", &self.exec),
+            ("from a snapshot → exec answers", &self.warm.tiny),
+            ("Debian, booted → exec answers", &self.warm.debian_cold),
+            ("Debian, from a snapshot → exec", &self.warm.debian),
         ] {
             crate::print(&format!(
                 "{what:<36} {:>8.3} {:>8.3} {:>8.3}",
@@ -248,6 +260,10 @@ impl Figures {
                 samples.most()
             ));
         }
+        let over_cold = self.warm.debian.median() / self.warm.debian_cold.median();
+        crate::print(&format!("Debian, from a snapshot over booted  {over_cold:>8.3}"));
+        let (rss, pss) = (self.warm.rss_mib, self.warm.pss_mib);
+        crate::print(&format!("a copy's memory: resident {rss:.0} MiB, its share of what several map {pss:.0} MiB"));
         crate::print(&format!("pod over QEMU polled by ssh          {ratio:>8.3}"));
         crate::print(&format!("pod over QEMU, console, then ssh     {informed:>8.3}"));
         crate::print(&format!("`vmpod up`, resident, idle           {:>8.1} MiB", self.rss_idle));
@@ -260,6 +276,13 @@ impl Figures {
             "cold_over_informed": rounded(informed),
             "raw_seconds": rounded(self.raw.median()),
             "informed_seconds": rounded(self.informed.median()),
+            "snapshot_seconds": rounded(self.warm.tiny.median()),
+            "snapshot_seconds_p95": rounded(self.warm.tiny.most()),
+            "snapshot_over_cold": rounded(over_cold),
+            "debian_cold_seconds": rounded(self.warm.debian_cold.median()),
+            "debian_snapshot_seconds": rounded(self.warm.debian.median()),
+            "copy_rss_mib": rounded(rss),
+            "copy_pss_mib": rounded(pss),
             "exec_seconds": rounded(self.exec.median()),
             "up_rss_idle_mib": rounded(self.rss_idle),
             "up_rss_per_pod_mib": self.rss_per_pod.map(rounded),
@@ -293,13 +316,24 @@ fn build(root: &Path) -> Result<PathBuf> {
     Ok(root.join("target/release/vmpod"))
 }
 
-async fn create(pods: &Api<Pod>, name: &str) -> Result<String> {
+/// What pod is made.
+struct Kind {
+    image: &'static str,
+    start: &'static str,
+    cpus: &'static str,
+    memory: &'static str,
+}
+
+const COLD: Kind = Kind { image: "tiny", start: "boot", cpus: "1", memory: "256Mi" };
+
+async fn create(pods: &Api<Pod>, name: &str, kind: &Kind) -> Result<String> {
+    let Kind { image, start, cpus, memory } = kind;
     let pod: Pod = serde_json::from_value(json!({
-        "metadata": {"name": name},
+        "metadata": {"name": name, "annotations": {"vmpod.dev/start": start}},
         "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
-            "name": "machine", "image": "tiny", "imagePullPolicy": "Never",
+            "name": "machine", "image": image, "imagePullPolicy": "Never",
             // A small request, so that several fit on a small host.
-            "resources": {"limits": {"cpu": "1", "memory": "256Mi"}, "requests": {"cpu": "100m"}},
+            "resources": {"limits": {"cpu": cpus, "memory": memory}, "requests": {"cpu": "100m", "memory": memory}},
         }]},
     }))?;
     let pod = pods.create(&PostParams::default(), &pod).await.context("the pod was not created")?;

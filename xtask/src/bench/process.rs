@@ -79,8 +79,28 @@ pub(crate) fn resident_mib(pid: u32) -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
+/// Resident and proportional memory, in MiB, of the process whose working directory is `dir` and whose program is called
+/// like `program`.
+pub(crate) fn memory_in(dir: &Path, program: &str) -> Result<(f64, f64)> {
+    let (root, _) = process_in(dir, program)?;
+    let rollup = std::fs::read_to_string(root.join("smaps_rollup"))?;
+    let mib = |name: &str| -> Result<f64> {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(name));
+        let kib: f64 = line
+            .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
+            .with_context(|| format!("{} has no {name}", root.display()))?;
+        Ok(kib / 1024.0)
+    };
+    Ok((mib("Rss:")?, mib("Pss:")?))
+}
+
 /// The command line of the process whose working directory is `dir` and whose program is called like `program`.
 pub(crate) fn command_line_in(dir: &Path, program: &str) -> Result<Vec<OsString>> {
+    Ok(process_in(dir, program)?.1)
+}
+
+/// Such a process's directory in /proc, and its command line.
+fn process_in(dir: &Path, program: &str) -> Result<(std::path::PathBuf, Vec<OsString>)> {
     for entry in std::fs::read_dir("/proc")?.flatten() {
         let at = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
         let words = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
@@ -90,7 +110,7 @@ pub(crate) fn command_line_in(dir: &Path, program: &str) -> Result<Vec<OsString>
         words.pop();
         let is_it = words.first().is_some_and(|first| first.to_string_lossy().contains(program));
         if at == dir && is_it {
-            return Ok(words);
+            return Ok((entry.path(), words));
         }
     }
     bail!("no {program} runs in {}", dir.display())

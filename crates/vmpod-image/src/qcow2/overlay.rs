@@ -1,8 +1,9 @@
-//! An empty qcow2 file over a raw backing file.
+//! An empty qcow2 file over a backing file.
 
 use std::path::Path;
 
 use super::MAGIC;
+use crate::image::DiskFormat;
 use crate::store::StoreError;
 
 const CLUSTER_BITS: u32 = 16;
@@ -25,8 +26,8 @@ pub(crate) struct Overlay {
 }
 
 impl Overlay {
-    /// An overlay of `size` bytes over the raw file `backing`, an absolute path.
-    pub(crate) fn new(backing: &Path, size: u64) -> Result<Self, StoreError> {
+    /// An overlay of `size` bytes over the file `backing`, an absolute path.
+    pub(crate) fn new(backing: &Path, format: DiskFormat, size: u64) -> Result<Self, StoreError> {
         if !size.is_multiple_of(512) || size > LARGEST {
             return Err(StoreError::DiskSize { size, most: LARGEST });
         }
@@ -62,10 +63,14 @@ impl Overlay {
         be64(&mut header, 0); // autoclear features
         be32(&mut header, 4); // refcounts of 16 bits
         be32(&mut header, 104); // length of the header
-        // Extension: the backing file is raw. Without it QEMU would guess, and a guest could fool it.
+        // Extension: the backing file's format. Without it QEMU would guess, and a guest could fool it.
+        let format: &[u8; 8] = match format {
+            DiskFormat::Raw => b"raw\0\0\0\0\0",
+            DiskFormat::Qcow2 => b"qcow2\0\0\0",
+        };
         be32(&mut header, 0xe279_2aca);
-        be32(&mut header, 3);
-        header.extend(b"raw\0\0\0\0\0");
+        be32(&mut header, if format[3] == 0 { 3 } else { 5 });
+        header.extend(format);
         // End of extensions.
         be64(&mut header, 0);
         header.extend(name.as_bytes());
@@ -108,7 +113,7 @@ mod tests {
         std::fs::write(&base, vec![7; 3 << 20]).unwrap();
         for size in [3 << 20, 64 << 30, 20 << 40, LARGEST] {
             let path = dir.path().join("overlay.qcow2");
-            write(&path, &Overlay::new(&base, size).unwrap());
+            write(&path, &Overlay::new(&base, DiskFormat::Raw, size).unwrap());
             let check =
                 Command::new("qemu-img").args(["check", "-f", "qcow2", "--output=json"]).arg(&path).output().unwrap();
             assert!(check.status.success(), "{size}: {}", String::from_utf8_lossy(&check.stderr));
@@ -122,8 +127,12 @@ mod tests {
             assert_eq!(info["backing-filename-format"], "raw");
         }
         let path = dir.path().join("small.qcow2");
-        write(&path, &Overlay::new(&base, 4 << 20).unwrap());
+        write(&path, &Overlay::new(&base, DiskFormat::Raw, 4 << 20).unwrap());
         let out = dir.path().join("out.raw");
+        // An overlay of an overlay reads through both.
+        let second = dir.path().join("second.qcow2");
+        write(&second, &Overlay::new(&path, DiskFormat::Qcow2, 4 << 20).unwrap());
+        let path = second;
         let convert = Command::new("qemu-img").args(["convert", "-O", "raw"]).args([&path, &out]).output().unwrap();
         assert!(convert.status.success(), "{}", String::from_utf8_lossy(&convert.stderr));
         let bytes = std::fs::read(&out).unwrap();
@@ -134,10 +143,13 @@ mod tests {
     #[test]
     fn what_the_format_cannot_hold_is_refused() {
         let base = Path::new("/base.raw");
-        assert!(matches!(Overlay::new(base, 513), Err(StoreError::DiskSize { .. })));
-        assert!(matches!(Overlay::new(base, LARGEST + 512), Err(StoreError::DiskSize { .. })));
-        assert!(matches!(Overlay::new(Path::new("base.raw"), 512), Err(StoreError::BackingPath { .. })));
+        assert!(matches!(Overlay::new(base, DiskFormat::Raw, 513), Err(StoreError::DiskSize { .. })));
+        assert!(matches!(Overlay::new(base, DiskFormat::Raw, LARGEST + 512), Err(StoreError::DiskSize { .. })));
+        assert!(matches!(
+            Overlay::new(Path::new("base.raw"), DiskFormat::Raw, 512),
+            Err(StoreError::BackingPath { .. })
+        ));
         let long = format!("/{}", "x".repeat(1023));
-        assert!(matches!(Overlay::new(Path::new(&long), 512), Err(StoreError::BackingPath { .. })));
+        assert!(matches!(Overlay::new(Path::new(&long), DiskFormat::Raw, 512), Err(StoreError::BackingPath { .. })));
     }
 }

@@ -44,6 +44,7 @@ fn begun() -> Record {
         started: None,
         main: Main::Unstarted,
         ended: None,
+        boots: false,
     });
     record
 }
@@ -330,6 +331,7 @@ enum Chance {
     Step,
     JobWorks,
     JobFails,
+    RestoreFails,
     GuestReady,
     GuestLost,
     MainExits(i32),
@@ -349,6 +351,7 @@ fn chance() -> impl Strategy<Value = Chance> {
         12 => Just(Chance::Step),
         8 => Just(Chance::JobWorks),
         1 => Just(Chance::JobFails),
+        1 => Just(Chance::RestoreFails),
         4 => Just(Chance::GuestReady),
         1 => Just(Chance::GuestLost),
         2 => (0..3i32).prop_map(Chance::MainExits),
@@ -403,6 +406,13 @@ impl Sim {
                 if let Some(job) = self.observed.job.take() {
                     self.observed.trouble =
                         Some(Trouble { job, reason: "X".to_owned(), message: String::new(), retry: at(now + 5) });
+                }
+            }
+            Chance::RestoreFails => {
+                if self.observed.job == Some(Job::Start) && !self.attempt().boots {
+                    self.observed.job = None;
+                    self.observed.machine = MachineSeen::Failed("bad state".to_owned());
+                    self.observed.restored = true;
                 }
             }
             Chance::GuestReady => self.observed.guest_ready = self.is_live(),
@@ -520,6 +530,10 @@ impl Sim {
                     record.attempt = Some(Attempt { number, ..begun().attempt.unwrap() });
                     self.observed.resolved = Resolved::No;
                     self.observed.drained = false;
+                }
+                Step::FallBack(_) => {
+                    prop_assert!(!self.attempt().boots, "a second fall-back of one attempt");
+                    self.attempt().boots = true;
                 }
                 Step::NoteStarted => self.attempt().started = Some(at(now)),
                 Step::AskMain => self.attempt().main = Main::Asked,

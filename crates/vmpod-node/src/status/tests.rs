@@ -38,6 +38,7 @@ fn attempt(number: u32, started: Option<i64>, main: Main) -> Attempt {
         started: started.map(at),
         main,
         ended: None,
+        boots: false,
     }
 }
 

@@ -24,6 +24,17 @@ impl Worker {
                 Flow::On
             }
             Step::Begin => self.begin().await,
+            Step::FallBack(why) => {
+                if let Some(pod) = &self.pod {
+                    let text = format!("The machine boots instead of going on from a memory snapshot: {why}");
+                    self.world.events.container(pod, Kind::Warning, "SnapshotFailed", text);
+                }
+                self.change("snapshot given up", |record| {
+                    record.attempt.as_mut()?.boots = true;
+                    Some(())
+                })
+                .await
+            }
             Step::NoteStarted => {
                 let flow = self.change("machine started", |record| {
                     record.attempt.as_mut()?.started = Some(now);
@@ -133,8 +144,14 @@ impl Worker {
         let mut next = record.clone();
         next.address = self.world.ledger.address(&self.uid, &self.uid.machine(number), &foreign);
         next.previous = next.attempt.take().and_then(|attempt| attempt.ended).or(next.previous);
-        next.attempt =
-            Some(Attempt { number, image: image.clone(), started: None, main: Main::Unstarted, ended: None });
+        next.attempt = Some(Attempt {
+            number,
+            image: image.clone(),
+            started: None,
+            main: Main::Unstarted,
+            ended: None,
+            boots: false,
+        });
         let flow = self.store("attempt begun", next).await;
         if matches!(flow, Flow::On) {
             self.resolved = None;
@@ -280,6 +297,7 @@ fn lost_attempt(pod: &Pod, uid: &PodUid, now: Timestamp) -> Option<Attempt> {
         },
         started,
         main: Main::Unstarted,
+        boots: false,
         ended: Some(Ended {
             machine: uid.machine(number),
             exit_code,

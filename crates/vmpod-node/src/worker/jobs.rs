@@ -11,7 +11,7 @@ use vmpod_machine::{Arch, GuestError, MachineError, MainCommand};
 use super::{
     Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod,
 };
-use crate::{env::Facts, limited, translate};
+use crate::{env::Facts, limited, snapshots, translate};
 
 impl Failure {
     pub(super) fn new(reason: &str, message: impl Into<String>) -> Self {
@@ -121,6 +121,19 @@ impl Worker {
                 low_ports: world.low_ports,
             })
             .map_err(|error| failed(error.to_string()))?;
+            let spec = match &world.snapshots {
+                None => spec,
+                Some(snapshots) => {
+                    let candidate = snapshots::Candidate {
+                        pod: &pod,
+                        image: clone.digest,
+                        image_labels: &clone.config.labels,
+                        disks: clone.disks.iter().map(|disk| disk.size).collect(),
+                        boots: attempt.boots,
+                    };
+                    snapshots.choose(candidate, spec).await
+                }
+            };
             world.machines.create(spec).await.map_err(|error| failed(error_chain(&error)))?;
             Ok(Outcome::Prepared)
         }))

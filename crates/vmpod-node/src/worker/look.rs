@@ -105,6 +105,7 @@ impl Worker {
             || self.local.collector.as_ref().is_some_and(|collector| *collector.drained().borrow());
         Observed {
             machine: seen,
+            restored: machine.is_some_and(|machine| machine.spec().template().is_some()),
             guest_ready,
             guest,
             resolved: if self.resolved.is_some() { Resolved::Yes } else { Resolved::No },

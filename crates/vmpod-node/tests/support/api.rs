@@ -47,6 +47,11 @@ impl Api {
 
     /// Creates a pod bound to node `n`.
     pub(crate) fn create_pod(&self, name: &str, uid: &str, spec: Value) {
+        self.create_annotated_pod(name, uid, json!({}), spec);
+    }
+
+    /// The same, with annotations.
+    pub(crate) fn create_annotated_pod(&self, name: &str, uid: &str, annotations: Value, spec: Value) {
         let mut spec = spec;
         spec["nodeName"] = json!("n");
         if spec.get("terminationGracePeriodSeconds").is_none() {
@@ -54,7 +59,8 @@ impl Api {
         }
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": name, "namespace": "default", "uid": uid, "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z"},
+            "metadata": {"name": name, "namespace": "default", "uid": uid, "generation": 1, "creationTimestamp": "2026-01-01T00:00:00Z",
+                "annotations": annotations},
             "spec": spec, "status": {"phase": "Pending", "qosClass": "BestEffort"}});
         self.put(&pod_path(name), "ADDED", pod);
     }

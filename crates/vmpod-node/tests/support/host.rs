@@ -34,6 +34,7 @@ pub(crate) struct Host {
 #[derive(Clone, Default)]
 pub(crate) struct Wish {
     pub(crate) keep_vms: bool,
+    pub(crate) snapshots: bool,
     pub(crate) faults: FaultPoints,
 }
 
@@ -76,7 +77,9 @@ impl Host {
             kernel: Some(kernel),
             cmdline: "console=ttyS0".to_owned(),
             min_memory: Some(64 << 20),
-            guest: GuestConfig::default(),
+            guest: GuestConfig { ready_marker: Some("ready".to_owned()), ..GuestConfig::default() },
+            // Its guest can take a new identity, when a script says so.
+            labels: [("vmpod.dev/renewable".to_owned(), "true".to_owned())].into(),
             ..ImportOptions::default()
         };
         import(&store, Source::Kernel, &Reference::parse("tiny").unwrap(), options).await.unwrap();
@@ -113,6 +116,7 @@ impl Host {
             labels: std::collections::BTreeMap::new(),
             taints: Vec::new(),
             keep_vms: wish.keep_vms,
+            snapshot_budget: wish.snapshots.then_some(1 << 30),
             shutdown_grace: Duration::from_secs(5),
         };
         let node = Node::open_with_faults(options, wish.faults).await.unwrap();
