@@ -59,6 +59,9 @@ impl Up {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&log)?;
         let mut command = home.command()?;
         command.args(["up", "--api-port", "0", "--kubelet-port", "0"]).args(args);
+        if !args.contains(&"--fleet-poll") {
+            command.arg("--no-fleet");
+        }
         if !args.contains(&"--snapshots") {
             // A test that doesn't ask for them isn't to make them beside its work.
             command.args(["--snapshots", "0"]);

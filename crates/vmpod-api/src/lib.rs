@@ -4,3 +4,25 @@
 
 pub mod annotations;
 pub mod labels;
+pub mod pool;
+pub mod runner;
+
+pub use pool::{RunnerPool, RunnerPoolSpec, RunnerPoolStatus};
+pub use runner::{Runner, RunnerSpec, RunnerStatus};
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt as _;
+
+/// The definitions of vmpod's own kinds, for an API that doesn't have them yet.
+#[must_use]
+pub fn definitions() -> Vec<CustomResourceDefinition> {
+    vec![RunnerPool::crd(), Runner::crd()]
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_definitions_are_what_they_were() {
+        insta::assert_json_snapshot!(super::definitions());
+    }
+}

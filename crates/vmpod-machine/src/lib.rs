@@ -32,6 +32,7 @@ pub mod renewal;
 pub mod seed;
 pub mod spec;
 pub mod template;
+pub mod vmnet;
 
 pub use fault::FaultPoints;
 pub use guest::main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started, StdStream};

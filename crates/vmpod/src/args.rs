@@ -74,6 +74,7 @@ pub(crate) enum LogFormat {
 pub(crate) enum Command {
     Up(Up),
     Node(Node),
+    Controller(Controller),
     Run(Run),
     Ps(Ps),
     Logs(Logs),
@@ -127,8 +128,46 @@ pub(crate) struct Up {
     /// The node's name [default: this host's name]
     #[arg(long, value_name = "NAME", value_parser = values::node_name)]
     pub(crate) name: Option<String>,
+    /// Keep no runner pools
+    #[arg(long)]
+    pub(crate) no_fleet: bool,
+    #[command(flatten)]
+    pub(crate) fleet: Fleet,
     #[command(flatten)]
     pub(crate) machines: NodeMachines,
+}
+
+/// How runner pools are kept.
+#[derive(Debug, Args)]
+pub(crate) struct Fleet {
+    /// How often CI systems are asked about waiting jobs and their machines
+    #[arg(long = "fleet-poll", value_name = "DURATION", default_value = "3s", value_parser = values::duration)]
+    pub(crate) poll: std::time::Duration,
+}
+
+/// Keep runner pools in a Kubernetes cluster.
+///
+/// Runs the fleet operator alone, against the API that a kubeconfig names, until it is interrupted. Of several, one acts at a
+/// time. `vmpod up` has it built in.
+#[derive(Debug, Args)]
+pub(crate) struct Controller {
+    /// The kubeconfig of the API [default: as kubectl finds it, or the pod's own service account]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) kubeconfig: Option<PathBuf>,
+    /// The context of the kubeconfig [default: its current one]
+    #[arg(long, value_name = "CONTEXT", requires = "kubeconfig")]
+    pub(crate) context: Option<String>,
+    /// The namespace of the lease by which operators agree who acts
+    #[arg(long, value_name = "NAMESPACE", default_value = "default")]
+    pub(crate) lease_namespace: String,
+    /// This operator's name among others [default: this host's name and process number]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) identity: Option<String>,
+    /// Leave the definitions of RunnerPool and Runner to somebody else
+    #[arg(long)]
+    pub(crate) no_install: bool,
+    #[command(flatten)]
+    pub(crate) fleet: Fleet,
 }
 
 /// Join this host to a Kubernetes API as a node.

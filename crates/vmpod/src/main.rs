@@ -3,6 +3,7 @@
 mod agent;
 mod args;
 mod client;
+mod controller;
 mod doctor;
 mod exec;
 mod home;
@@ -50,7 +51,7 @@ fn main() -> ExitCode {
 /// Makes what every command needs and runs it.
 fn start(cli: Cli) -> Result<Exit> {
     let level = match cli.command {
-        Command::Up(_) | Command::Node(_) => Level::Service,
+        Command::Up(_) | Command::Node(_) | Command::Controller(_) => Level::Service,
         _ => Level::Command,
     };
     logging::start(cli.global.log.as_deref(), cli.global.log_format, level)?;
@@ -71,6 +72,7 @@ async fn dispatch(cli: Cli) -> Result<Exit> {
     match cli.command {
         Command::Up(args) => up::run(&home()?, args).await,
         Command::Node(args) => node::run(&home()?, args).await,
+        Command::Controller(args) => controller::run(args).await,
         Command::Run(args) => run::run(&home()?, args).await,
         Command::Ps(args) => pods::ps(&home()?, &args).await,
         Command::Logs(args) => pods::logs(&home()?, &args).await,

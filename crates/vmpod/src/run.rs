@@ -81,6 +81,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         kubelet_port: 0,
         tls_sans: Vec::new(),
         machines: &machines,
+        fleet: None,
     });
     let stack = tokio::select! {
         stack = starting => Ok(stack),

@@ -25,6 +25,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) kubelet_port: u16,
     pub(crate) tls_sans: Vec<String>,
     pub(crate) machines: &'a NodeMachines,
+    /// Whether runner pools are kept, and how often their CI systems are asked.
+    pub(crate) fleet: Option<Duration>,
 }
 
 /// The running parts.
@@ -32,6 +34,7 @@ pub(crate) struct Stack {
     home: Home,
     api: Part,
     node: Part,
+    fleet: Option<Part>,
     /// Where the API really listens.
     pub(crate) address: SocketAddr,
     /// Where the kubelet API really listens.
@@ -70,12 +73,19 @@ impl Part {
     }
 }
 
+async fn ended(part: &mut Option<Part>) -> anyhow::Error {
+    match part {
+        Some(part) => part.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
 type Work = futures::future::BoxFuture<'static, Result<()>>;
 
 impl Stack {
     /// Starts the API, then the agent; returns when the node is ready for pods.
     pub(crate) async fn start(plan: Plan<'_>) -> Result<Self> {
-        let Plan { home, name, listen, kubelet_port, tls_sans, machines } = plan;
+        let Plan { home, name, listen, kubelet_port, tls_sans, machines, fleet } = plan;
         // A kubeconfig of an earlier run must not lead anyone to a port that isn't ours.
         remove_file(&home.kubeconfig())?;
         let server =
@@ -93,7 +103,7 @@ impl Stack {
         let client = kube::Client::new(server.router_as(Identity::node(&name)), "default");
         let options = agent::options(Parts {
             home,
-            name,
+            name: name.clone(),
             address: ip,
             kubelet: Kubelet {
                 listen: kubelet_listen,
@@ -107,6 +117,7 @@ impl Stack {
         })
         .await?;
 
+        let operator = server.router_as(Identity::admin());
         let config = server.kubeconfig(&Identity::admin()).context("can't make the kubeconfig")?;
         let mut api = Part::spawn("the Kubernetes API", |stop| {
             Box::pin(async move { server.serve(stop).await.map_err(Into::into) })
@@ -127,8 +138,20 @@ impl Stack {
             error = node.ended() => return Err(error),
             result = ready.wait_for(|ready| *ready) => { result.context("the node agent ended before it was ready")?; }
         }
+        let fleet = fleet.map(|poll| {
+            let options = vmpod_fleet::Options {
+                client: kube::Client::new(operator, "default"),
+                identity: format!("vmpod-up-{name}"),
+                namespace: "default".to_owned(),
+                install: true,
+                poll,
+            };
+            Part::spawn("the fleet operator", |stop| {
+                Box::pin(async move { vmpod_fleet::run(options, stop).await.map_err(Into::into) })
+            })
+        });
         home::write_private(&home.kubeconfig(), &config)?;
-        Ok(Self { home: home.clone(), api, node, address, kubelet })
+        Ok(Self { home: home.clone(), api, node, fleet, address, kubelet })
     }
 
     /// Waits until a part ends by itself, and tells why.
@@ -136,6 +159,7 @@ impl Stack {
         tokio::select! {
             error = self.api.ended() => error,
             error = self.node.ended() => error,
+            error = ended(&mut self.fleet) => error,
         }
     }
 
@@ -143,9 +167,14 @@ impl Stack {
     pub(crate) async fn stop(self, grace: Duration) -> Result<()> {
         // Nobody should find a server that is about to be gone.
         let file = remove_file(&self.home.kubeconfig());
+        // What it would do about machines that are being stopped is nobody's wish.
+        let fleet = match self.fleet {
+            Some(fleet) => fleet.stop(Duration::from_secs(10)).await,
+            None => Ok(()),
+        };
         let node = self.node.stop(grace + Duration::from_secs(30)).await;
         let api = self.api.stop(Duration::from_secs(10)).await;
-        node.and(api).and(file)
+        fleet.and(node).and(api).and(file)
     }
 }
 

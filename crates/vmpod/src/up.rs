@@ -31,6 +31,7 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
         kubelet_port: args.kubelet.kubelet_port,
         tls_sans: args.tls_san,
         machines: &args.machines,
+        fleet: (!args.no_fleet).then_some(args.fleet.poll),
     });
     let stack = tokio::select! {
         stack = starting => stack,

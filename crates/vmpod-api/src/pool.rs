@@ -1,0 +1,296 @@
+//! `RunnerPool`: a number of CI runners of one kind, kept by the fleet operator.
+
+#![allow(unreachable_pub, reason = "the derive for rules makes a hidden copy of each type")]
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::Toleration;
+use kube::{CustomResource, KubeSchema};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// What a pool is to be.
+#[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
+#[kube(
+    group = "vmpod.dev",
+    version = "v1alpha1",
+    kind = "RunnerPool",
+    namespaced,
+    shortname = "rp",
+    category = "vmpod",
+    status = "RunnerPoolStatus",
+    derive = "PartialEq",
+    doc = "A pool of CI runners, each a virtual machine",
+    scale(
+        spec_replicas_path = ".spec.scale.replicas",
+        status_replicas_path = ".status.replicas",
+        label_selector_path = ".status.selector"
+    ),
+    printcolumn(name = "Runners", type_ = "integer", json_path = ".status.replicas"),
+    printcolumn(name = "Idle", type_ = "integer", json_path = ".status.idle"),
+    printcolumn(name = "Busy", type_ = "integer", json_path = ".status.busy"),
+    printcolumn(
+        name = "Pending",
+        type_ = "integer",
+        json_path = ".status.pendingJobs",
+        description = "Jobs that wait"
+    ),
+    printcolumn(name = "Why", type_ = "string", json_path = ".status.conditions[?(@.type==\"Scaling\")].reason"),
+    printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
+)]
+#[serde(rename_all = "camelCase")]
+pub struct RunnerPoolSpec {
+    /// Where jobs come from.
+    pub provider: Provider,
+    /// The image that a runner's machine boots.
+    pub image: String,
+    /// The size of a machine.
+    #[serde(default)]
+    pub resources: Resources,
+    /// How many jobs a machine runs before it is replaced by a clean one.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 1000))]
+    pub jobs_per_runner: u32,
+    /// The user data of a machine, with `$(VMPOD_GITLAB_URL)`, `$(VMPOD_RUNNER_TOKEN)`, `$(VMPOD_SYSTEM_ID)`,
+    /// `$(VMPOD_RUNNER_NAME)` and `$(VMPOD_MAX_JOBS)` replaced. Without it, cloud-config that runs GitLab Runner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data: Option<String>,
+    /// How a machine starts: `auto`, `boot` or `snapshot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<Start>,
+    /// How many runners there are.
+    #[serde(default)]
+    pub scale: Scale,
+    /// When capacity is short, pools of a higher priority come first.
+    #[serde(default)]
+    pub priority: i32,
+    /// Where machines run, filled in order. One without conditions when there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    pub placements: Vec<Placement>,
+    /// How a change of the machines is brought about.
+    #[serde(default)]
+    pub rollout: Rollout,
+}
+
+/// Where jobs come from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Provider {
+    /// A GitLab.
+    pub gitlab: GitLab,
+}
+
+/// A GitLab, and which of its jobs a pool takes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!(has(self.group) && has(self.project))").message("a runner belongs to a group or to a project, not to both; leave out one of them"))]
+#[x_kube(validation = Rule::new("(has(self.runUntagged) && self.runUntagged) || (has(self.tags) && size(self.tags) > 0)").message("a pool without tags takes no job: name tags, or set runUntagged"))]
+pub struct GitLab {
+    /// Its URL.
+    #[schemars(length(min = 8, max = 2048))]
+    pub url: String,
+    /// The Secret with an access token of scope `create_runner` and `read_api` (`manage_runner` too, where GitLab has it).
+    pub token_secret_ref: SecretKey,
+    /// The Secret with certificates to trust beside the system's, PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKey>,
+    /// The group, by number, whose runner it is. Without group and project it is the instance's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<u64>,
+    /// The project, by number, whose runner it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub project: Option<u64>,
+    /// A job needs a part of these.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
+    pub tags: Vec<String>,
+    /// Whether it takes jobs without tags.
+    #[serde(default)]
+    pub run_untagged: bool,
+    /// Whether it takes jobs of protected branches only.
+    #[serde(default)]
+    pub protected: bool,
+    /// Projects, by number, to ask one by one for waiting jobs, on a GitLab older than 18.1.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 50))]
+    pub projects: Vec<u64>,
+}
+
+/// A key of a Secret in the pool's namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SecretKey {
+    /// The Secret.
+    pub name: String,
+    /// The key.
+    pub key: String,
+}
+
+/// The size of a machine, as Kubernetes quantities.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Resources {
+    /// Processors.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<String>,
+    /// Memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<String>,
+    /// The least size of the first disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<String>,
+}
+
+/// How a machine starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Start {
+    /// From a memory snapshot where there is one.
+    Auto,
+    /// It boots.
+    Boot,
+    /// From a memory snapshot, which is made if there is none.
+    Snapshot,
+}
+
+impl Start {
+    /// The value of the annotation.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Boot => "boot",
+            Self::Snapshot => "snapshot",
+        }
+    }
+}
+
+/// How many runners there are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("self.min <= self.max").message("min must not be greater than max"))]
+pub struct Scale {
+    /// Never fewer, whatever waits.
+    #[serde(default)]
+    pub min: u32,
+    /// Never more.
+    #[serde(default = "ten")]
+    pub max: u32,
+    /// So many wait for jobs beyond those that are wanted now.
+    #[serde(default)]
+    pub idle: u32,
+    /// Exactly so many: what `kubectl scale`, an autoscaler or KEDA writes. Then nothing else of this decides but min and max.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<i32>,
+    /// How long, in seconds, fewer runners must have been enough before there are fewer.
+    #[serde(default = "five_minutes")]
+    #[schemars(range(max = 86400))]
+    pub scale_down_seconds: u32,
+}
+
+impl Default for Scale {
+    fn default() -> Self {
+        Self { min: 0, max: ten(), idle: 0, replicas: None, scale_down_seconds: five_minutes() }
+    }
+}
+
+/// Where machines run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Placement {
+    /// Its name, for status and metrics.
+    pub name: String,
+    /// Most machines there; no limit of its own without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+    /// Used only when a job has waited so long, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after_seconds: Option<u32>,
+    /// Labels that its nodes have.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that its machines tolerate.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tolerations: Vec<Toleration>,
+}
+
+/// How a change of the machines is brought about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Rollout {
+    /// Machines beyond the wanted number while old ones are replaced.
+    #[serde(default = "one")]
+    pub max_surge: u32,
+    /// Machines below the wanted number while old ones are replaced.
+    #[serde(default)]
+    pub max_unavailable: u32,
+    /// How long, in seconds, a machine that is to go may finish its job.
+    #[serde(default = "two_hours")]
+    pub drain_seconds: u32,
+    /// New machines are made, and old ones aren't replaced.
+    #[serde(default)]
+    pub paused: bool,
+}
+
+impl Default for Rollout {
+    fn default() -> Self {
+        Self { max_surge: 1, max_unavailable: 0, drain_seconds: two_hours(), paused: false }
+    }
+}
+
+fn one() -> u32 {
+    1
+}
+
+fn ten() -> u32 {
+    10
+}
+
+fn five_minutes() -> u32 {
+    300
+}
+
+fn two_hours() -> u32 {
+    7200
+}
+
+/// How a pool is.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RunnerPoolStatus {
+    /// Runners, whatever they do.
+    #[serde(default)]
+    pub replicas: u32,
+    /// Runners that wait for a job.
+    #[serde(default)]
+    pub idle: u32,
+    /// Runners that run a job.
+    #[serde(default)]
+    pub busy: u32,
+    /// Runners on their way.
+    #[serde(default)]
+    pub starting: u32,
+    /// Runners made from the newest template.
+    #[serde(default)]
+    pub updated: u32,
+    /// How many there should be.
+    #[serde(default)]
+    pub wanted: u32,
+    /// Jobs that wait; none when it isn't known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_jobs: Option<u32>,
+    /// Which pods are its machines.
+    #[serde(default)]
+    pub selector: String,
+    /// The newest template.
+    #[serde(default)]
+    pub template: String,
+    /// Runners by placement.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub placements: BTreeMap<String, u32>,
+    /// The spec that this speaks of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// `ProviderReady`, `Scaling`, `RolledOut`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition>,
+}

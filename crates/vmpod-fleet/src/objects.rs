@@ -1,0 +1,308 @@
+//! The objects that the operator makes for a runner, and what it reads from those that others made. Pure.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Node, Pod as KubePod, PodSpec, ResourceRequirements, Secret};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
+use kube::{Resource as _, ResourceExt as _};
+use sha2::{Digest as _, Sha256};
+use vmpod_api::annotations;
+use vmpod_api::pool::{Placement, RunnerPool, RunnerPoolSpec};
+use vmpod_api::runner::{Runner, RunnerSpec};
+
+use crate::life;
+use crate::share::Amount;
+
+/// The label that says to which pool something belongs.
+pub const POOL: &str = "vmpod.dev/pool";
+/// The label that says to which runner something belongs.
+pub const RUNNER: &str = "vmpod.dev/runner";
+/// Keeps a pool until its runners are gone and its record at the CI system is.
+pub const FINALIZER: &str = "vmpod.dev/runners";
+
+/// The name of what a runner is made from: a few digits that change whenever its machine would be another.
+#[must_use]
+pub fn template(spec: &RunnerPoolSpec) -> String {
+    let made_of = (&spec.provider, &spec.image, &spec.resources, spec.jobs_per_runner, &spec.user_data, spec.start);
+    // Plain data, which JSON can always hold.
+    let text = serde_json::to_vec(&made_of).unwrap_or_default();
+    Sha256::digest(text).iter().take(5).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// A new runner of a pool.
+#[must_use]
+pub fn runner(pool: &RunnerPool, name: &str, placement: &str) -> Runner {
+    let mut runner = Runner::new(
+        name,
+        RunnerSpec { pool: pool.name_any(), placement: placement.to_owned(), template: template(&pool.spec) },
+    );
+    runner.metadata = ObjectMeta {
+        name: Some(name.to_owned()),
+        namespace: pool.namespace(),
+        labels: Some(BTreeMap::from([(POOL.to_owned(), pool.name_any())])),
+        owner_references: pool.controller_owner_ref(&()).map(|owner| vec![owner]),
+        ..ObjectMeta::default()
+    };
+    runner
+}
+
+fn owned(runner: &Runner) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(runner.name_any()),
+        namespace: runner.namespace(),
+        labels: Some(BTreeMap::from([
+            (POOL.to_owned(), runner.spec.pool.clone()),
+            (RUNNER.to_owned(), runner.name_any()),
+        ])),
+        owner_references: runner.controller_owner_ref(&()).map(|owner| vec![owner]),
+        ..ObjectMeta::default()
+    }
+}
+
+/// The Secret with a runner's user data.
+#[must_use]
+pub fn secret(runner: &Runner, user_data: String) -> Secret {
+    Secret {
+        metadata: owned(runner),
+        string_data: Some(BTreeMap::from([("userdata".to_owned(), user_data)])),
+        ..Secret::default()
+    }
+}
+
+/// A runner's machine.
+#[must_use]
+pub fn pod(pool: &RunnerPool, runner: &Runner) -> KubePod {
+    let spec = &pool.spec;
+    let nothing = Placement::default();
+    let placement = spec.placements.iter().find(|place| place.name == runner.spec.placement).unwrap_or(&nothing);
+    let sizes =
+        [("cpu", &spec.resources.cpu), ("memory", &spec.resources.memory), ("ephemeral-storage", &spec.resources.disk)];
+    let sizes: BTreeMap<String, Quantity> =
+        sizes.into_iter().filter_map(|(name, size)| Some((name.to_owned(), Quantity(size.clone()?)))).collect();
+    let mut metadata = owned(runner);
+    let mut notes = BTreeMap::from([(annotations::USER_DATA_SECRET.to_owned(), runner.name_any())]);
+    if let Some(start) = spec.start {
+        notes.insert(annotations::START.to_owned(), start.as_str().to_owned());
+    }
+    metadata.annotations = Some(notes);
+    KubePod {
+        metadata,
+        spec: Some(PodSpec {
+            // A clean machine is another runner.
+            restart_policy: Some("Never".to_owned()),
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            // A deletion lets a job finish: the guest ends when its runner has.
+            termination_grace_period_seconds: Some(i64::from(spec.rollout.drain_seconds)),
+            node_selector: (!placement.node_selector.is_empty()).then(|| placement.node_selector.clone()),
+            tolerations: (!placement.tolerations.is_empty()).then(|| placement.tolerations.clone()),
+            containers: vec![Container {
+                name: "runner".to_owned(),
+                image: Some(spec.image.clone()),
+                resources: (!sizes.is_empty()).then(|| ResourceRequirements {
+                    requests: Some(sizes.clone()),
+                    limits: Some(sizes),
+                    ..ResourceRequirements::default()
+                }),
+                ..Container::default()
+            }],
+            ..PodSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// What is seen of a runner's pod.
+#[must_use]
+pub fn seen(pod: Option<&KubePod>) -> life::Pod {
+    let Some(status) = pod.and_then(|pod| pod.status.as_ref()) else {
+        return if pod.is_some() { life::Pod::Waiting(None) } else { life::Pod::Absent };
+    };
+    let condition = |kind: &str| status.conditions.iter().flatten().find(|condition| condition.type_ == kind);
+    let container = status.container_statuses.iter().flatten().next();
+    match status.phase.as_deref() {
+        Some("Succeeded") => life::Pod::Succeeded,
+        Some("Failed") => {
+            let ended = container.and_then(|c| c.state.as_ref()?.terminated.as_ref());
+            let words = [status.reason.clone(), status.message.clone(), ended.and_then(|e| e.message.clone())];
+            let words: Vec<String> = words.into_iter().flatten().collect();
+            life::Pod::Failed(if words.is_empty() { "it ended with an error".to_owned() } else { words.join(": ") })
+        }
+        _ if condition("Ready").is_some_and(|ready| ready.status == "True") => life::Pod::Up,
+        _ if condition("PodScheduled").is_some_and(|scheduled| scheduled.status == "False") => life::Pod::Unschedulable,
+        _ => {
+            let waiting = container.and_then(|c| c.state.as_ref()?.waiting.as_ref());
+            let why = waiting.and_then(|waiting| {
+                let reason = waiting.reason.clone().filter(|reason| reason != "ContainerCreating")?;
+                Some(waiting.message.as_ref().map_or(reason.clone(), |message| format!("{reason}: {message}")))
+            });
+            life::Pod::Waiting(why)
+        }
+    }
+}
+
+/// What pods that aren't runners leave of the nodes.
+#[must_use]
+pub fn capacity<'a>(nodes: impl Iterator<Item = &'a Node>, others: impl Iterator<Item = &'a KubePod>) -> Amount {
+    let mut room = Amount::default();
+    for node in nodes {
+        let off = node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false);
+        if let Some(all) = node.status.as_ref().and_then(|status| status.allocatable.as_ref()).filter(|_| !off) {
+            let amount = amount(all.get("cpu").map(|q| q.0.as_str()), all.get("memory").map(|q| q.0.as_str()));
+            room.millicpus = room.millicpus.saturating_add(amount.millicpus);
+            room.memory = room.memory.saturating_add(amount.memory);
+        }
+    }
+    for pod in others {
+        for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
+            if let Some(requests) = container.resources.as_ref().and_then(|resources| resources.requests.as_ref()) {
+                let asked =
+                    amount(requests.get("cpu").map(|q| q.0.as_str()), requests.get("memory").map(|q| q.0.as_str()));
+                room.millicpus = room.millicpus.saturating_sub(asked.millicpus);
+                room.memory = room.memory.saturating_sub(asked.memory);
+            }
+        }
+    }
+    room
+}
+
+/// Quantities of processors and memory as numbers; what can't be read counts as nothing.
+#[must_use]
+pub fn amount(cpu: Option<&str>, memory: Option<&str>) -> Amount {
+    Amount {
+        millicpus: cpu.and_then(thousandths).unwrap_or(0),
+        memory: memory.and_then(thousandths).unwrap_or(0) / 1000,
+    }
+}
+
+/// A quantity in thousandths, rounded down.
+/// Source of the form: <https://kubernetes.io/docs/reference/kubernetes-api/common-definitions/quantity/>.
+fn thousandths(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (digits, unit) = text.split_at_checked(split)?;
+    let factor: u128 = match unit {
+        "m" => 1,
+        "" => 1000,
+        "k" => 1_000_000,
+        "M" => 1_000_000_000,
+        "G" => 1_000_000_000_000,
+        "T" => 1_000_000_000_000_000,
+        "Ki" => 1000 << 10,
+        "Mi" => 1000 << 20,
+        "Gi" => 1000 << 30,
+        "Ti" => 1000 << 40,
+        _ => return None,
+    };
+    let (whole, part) = digits.split_once('.').unwrap_or((digits, ""));
+    let part = part.get(..part.len().min(9)).unwrap_or_default();
+    let scale = 10_u128.checked_pow(u32::try_from(part.len()).ok()?)?;
+    let number = |text: &str| if text.is_empty() { Some(0) } else { text.parse::<u128>().ok() };
+    let value = number(whole)?.checked_mul(factor)? + number(part)?.checked_mul(factor)? / scale;
+    u64::try_from(value).ok()
+}
+
+/// Sets a condition; its time changes only with its status.
+pub fn set_condition(
+    conditions: &mut Vec<Condition>,
+    kind: &str,
+    holds: bool,
+    reason: &str,
+    message: String,
+    generation: Option<i64>,
+    now: Timestamp,
+) {
+    let status = if holds { "True" } else { "False" };
+    let since = conditions
+        .iter()
+        .find(|condition| condition.type_ == kind && condition.status == status)
+        .map_or_else(|| Time(whole_second(now)), |condition| condition.last_transition_time.clone());
+    conditions.retain(|condition| condition.type_ != kind);
+    conditions.push(Condition {
+        type_: kind.to_owned(),
+        status: status.to_owned(),
+        reason: reason.to_owned(),
+        message,
+        observed_generation: generation,
+        last_transition_time: since,
+    });
+    conditions.sort_by(|a, b| a.type_.cmp(&b.type_));
+}
+
+/// The API keeps no fractions of a second; with them a status would never be equal to itself.
+#[must_use]
+pub fn whole_second(at: Timestamp) -> Timestamp {
+    Timestamp::from_second(at.as_second()).unwrap_or(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn pool() -> RunnerPool {
+        serde_json::from_value(json!({
+            "apiVersion": "vmpod.dev/v1alpha1", "kind": "RunnerPool",
+            "metadata": {"name": "small", "namespace": "ci", "uid": "u1"},
+            "spec": {
+                "provider": {"gitlab": {"url": "https://gitlab.example.com", "tokenSecretRef": {"name": "t", "key": "k"}, "tags": ["a"]}},
+                "image": "debian:12", "start": "snapshot",
+                "resources": {"cpu": "2", "memory": "1Gi"},
+                "placements": [{"name": "home", "nodeSelector": {"site": "home"}}],
+            },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_runners_objects_are_what_they_were() {
+        let pool = pool();
+        let mut runner = runner(&pool, "small-abcde", "home");
+        runner.metadata.uid = Some("u2".to_owned());
+        insta::assert_json_snapshot!((&runner, secret(&runner, "#cloud-config\n".to_owned()), pod(&pool, &runner)));
+    }
+
+    #[test]
+    fn a_template_changes_with_the_machine_and_with_nothing_else() {
+        let before = template(&pool().spec);
+        let mut other = pool();
+        other.spec.scale.max = 99;
+        other.spec.rollout.max_surge = 5;
+        assert_eq!(template(&other.spec), before);
+        other.spec.image = "debian:13".to_owned();
+        assert_ne!(template(&other.spec), before);
+    }
+
+    #[test]
+    fn a_pods_state_is_read() {
+        let read = |status: serde_json::Value| {
+            seen(Some(&serde_json::from_value(json!({"metadata": {"name": "a"}, "status": status})).unwrap()))
+        };
+        assert_eq!(seen(None), life::Pod::Absent);
+        assert_eq!(read(json!({"phase": "Pending"})), life::Pod::Waiting(None));
+        let waiting = json!({"phase": "Pending", "containerStatuses": [{"name": "runner", "image": "x", "imageID": "", "ready": false,
+            "restartCount": 0, "state": {"waiting": {"reason": "ErrImagePull", "message": "no"}}}]});
+        assert_eq!(read(waiting), life::Pod::Waiting(Some("ErrImagePull: no".to_owned())));
+        let full = json!({"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}]});
+        assert_eq!(read(full), life::Pod::Unschedulable);
+        assert_eq!(
+            read(json!({"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]})),
+            life::Pod::Up
+        );
+        assert_eq!(read(json!({"phase": "Failed", "reason": "OutOfcpu"})), life::Pod::Failed("OutOfcpu".to_owned()));
+    }
+
+    #[test]
+    fn quantities_are_numbers() {
+        for (text, wanted) in [("500m", 500), ("2", 2000), ("1.5", 1500), ("1Ki", 1_024_000), ("0.1G", 100_000_000_000)]
+        {
+            assert_eq!(thousandths(text), Some(wanted), "{text}");
+        }
+        for bad in ["", "x", "1Xi", "-1", "99999999999999999999Ti"] {
+            assert!(thousandths(bad).is_none_or(|value| value == 0), "{bad}");
+        }
+        assert_eq!(amount(Some("2"), Some("1Gi")), Amount { millicpus: 2000, memory: 1 << 30 });
+    }
+}

@@ -1,0 +1,268 @@
+//! What to do for one pool. Pure: everything it knows is in its arguments.
+//!
+//! The number of runners follows the jobs: those that run, those that wait, and some idle ones on top. It is never lowered on
+//! doubt, never at once, and never by a runner that has a job. A change of the template replaces idle runners, a few at a time, and
+//! stops when the new ones fail.
+
+use std::collections::BTreeMap;
+
+use jiff::{SignedDuration, Timestamp};
+use vmpod_api::pool::{Placement, RunnerPoolSpec};
+use vmpod_api::runner::Phase;
+
+/// So many failures in a row, without a success, of the newest template halt a rollout and slow the pool down.
+const BAD: u32 = 3;
+/// The longest pause between tries of a pool whose runners fail.
+const LONGEST: SignedDuration = SignedDuration::from_mins(5);
+/// A runner that couldn't be scheduled for so long says that there is no room.
+const NO_ROOM: SignedDuration = SignedDuration::from_secs(10);
+
+/// A runner, as the plan needs it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Runner {
+    /// Its name.
+    pub name: String,
+    /// Where it is in its life.
+    pub phase: Phase,
+    /// Since when.
+    pub since: Timestamp,
+    /// The template it was made from.
+    pub template: String,
+    /// Where it runs.
+    pub placement: String,
+    /// When it was made.
+    pub created: Timestamp,
+    /// Somebody wants it to go, since then.
+    pub draining: Option<Timestamp>,
+    /// No node has room for its machine.
+    pub unschedulable: bool,
+    /// Its node takes no new pods: it is about to be emptied.
+    pub cordoned: bool,
+}
+
+/// Jobs that wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Demand {
+    /// So many, the first of them since then.
+    Known {
+        /// How many.
+        count: u32,
+        /// Since when the first does.
+        oldest: Option<Timestamp>,
+    },
+    /// It isn't known, and why.
+    Unknown(String),
+}
+
+/// What the operator remembers of a pool between two looks. Losing it costs time, never a job.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    /// The wanted numbers of late, for the stabilisation of a scale-down.
+    pub wanted: Vec<(Timestamp, u32)>,
+    /// Failures in a row of the newest template, and when the last one was.
+    pub failures: u32,
+    /// When the last one was.
+    pub failed: Option<Timestamp>,
+}
+
+impl Memory {
+    /// Until when no runner is made.
+    #[must_use]
+    pub fn paused_until(&self) -> Option<Timestamp> {
+        let failed = self.failed.filter(|_| self.failures > 0)?;
+        let doubled = 5_i64.saturating_mul(1 << self.failures.min(10));
+        failed.checked_add(SignedDuration::from_secs(doubled).min(LONGEST)).ok()
+    }
+}
+
+/// What is.
+#[derive(Clone, Debug)]
+pub struct Observed<'a> {
+    /// The pool's runners.
+    pub runners: &'a [Runner],
+    /// The jobs that wait.
+    pub demand: Demand,
+    /// The newest template.
+    pub template: &'a str,
+    /// How many runners the pool may have, by what other pools need; no bound of this kind without.
+    pub share: Option<u32>,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// How many there should be.
+    pub wanted: u32,
+    /// Make a runner at each of these placements.
+    pub create: Vec<String>,
+    /// Ask these to go: they are idle, or have not begun.
+    pub drain: Vec<String>,
+    /// Remove these: they are over, or drained long enough.
+    pub remove: Vec<String>,
+    /// Why it isn't scaling, in a word and a sentence; none when all is as wanted.
+    pub why: Option<(&'static str, String)>,
+    /// Whether every runner is of the newest template.
+    pub rolled_out: bool,
+    /// Why the rollout goes no further, if so.
+    pub halted: Option<String>,
+}
+
+/// Names what to do.
+#[must_use]
+pub fn plan(spec: &RunnerPoolSpec, seen: &Observed<'_>, memory: &mut Memory, now: Timestamp) -> Plan {
+    let mut plan = Plan::default();
+    plan.remove.extend(over(spec, seen.runners, now));
+    let alive: Vec<&Runner> = seen.runners.iter().filter(|r| !r.phase.is_over() && r.draining.is_none()).collect();
+    let draining_busy = seen.runners.iter().filter(|r| !r.phase.is_over() && r.draining.is_some()).count();
+    let busy = count(&alive, |r| r.phase == Phase::Busy);
+    let target = target(spec, &seen.demand, &alive, busy, memory, now);
+    plan.wanted = target.min(seen.share.unwrap_or(u32::MAX)).max(busy);
+    if target > plan.wanted {
+        plan.why = Some(("LowerPriority", "other pools need the room more".to_owned()));
+    }
+    if let Demand::Unknown(why) = &seen.demand {
+        plan.why = Some(("DemandUnknown", why.clone()));
+    }
+
+    // Old ones go as new ones come.
+    let outdated: Vec<&&Runner> = alive.iter().filter(|r| r.template != seen.template).collect();
+    plan.rolled_out = outdated.is_empty();
+    if memory.failures >= BAD && !outdated.is_empty() {
+        plan.halted = Some(format!("{} new runners failed in a row; the old ones stay", memory.failures));
+    }
+    let replacing = !outdated.is_empty() && !spec.rollout.paused && plan.halted.is_none();
+    let surge = if replacing { spec.rollout.max_surge.min(u32_of(outdated.len())) } else { 0 };
+    let held = u32_of(alive.len());
+    let goal = plan.wanted + surge;
+
+    if held < goal {
+        let room = spec.scale.max.saturating_add(surge).saturating_sub(held + u32_of(draining_busy));
+        create(spec, &alive, (goal - held).min(room), &seen.demand, memory, now, &mut plan);
+    } else if held > goal {
+        drain_surplus(&alive, seen.template, held - goal, &mut plan);
+    }
+    if replacing {
+        // So many stay ready, old ones or new ones, whatever goes.
+        let ready = count(&alive, |r| matches!(r.phase, Phase::Idle | Phase::Busy));
+        let may_go = ready.saturating_sub(plan.wanted.saturating_sub(spec.rollout.max_unavailable));
+        let waiting = outdated.iter().filter(|r| !matches!(r.phase, Phase::Idle | Phase::Busy));
+        let idle = outdated.iter().filter(|r| r.phase == Phase::Idle).take(may_go as usize);
+        let go: Vec<String> = waiting.chain(idle).map(|r| r.name.clone()).collect();
+        plan.drain.extend(go.into_iter().filter(|name| !plan.drain.contains(name)).collect::<Vec<_>>());
+    }
+    // A node that is being emptied gives back what has no job; others take its place.
+    let leaving = alive.iter().filter(|r| r.cordoned && r.phase == Phase::Idle).map(|r| r.name.clone());
+    plan.drain.extend(leaving.filter(|name| !plan.drain.contains(name)).collect::<Vec<_>>());
+    plan
+}
+
+fn u32_of(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
+}
+
+fn count(runners: &[&Runner], wanted: impl Fn(&Runner) -> bool) -> u32 {
+    u32_of(runners.iter().filter(|runner| wanted(runner)).count())
+}
+
+/// Runners whose end is there: over, or with nothing to wait for any more.
+fn over<'a>(spec: &'a RunnerPoolSpec, runners: &'a [Runner], now: Timestamp) -> impl Iterator<Item = String> + 'a {
+    let patience = SignedDuration::from_secs(i64::from(spec.rollout.drain_seconds));
+    runners
+        .iter()
+        .filter(move |runner| match (runner.phase, runner.draining) {
+            (Phase::Gone | Phase::Failed, _) => true,
+            // A drained runner's pod is deleted with as long a grace period, so that this is only for pods that resist.
+            (_, Some(since)) => now.duration_since(since) > patience,
+            _ => false,
+        })
+        .map(|runner| runner.name.clone())
+}
+
+/// How many runners there should be, before other pools have their say.
+fn target(
+    spec: &RunnerPoolSpec,
+    demand: &Demand,
+    alive: &[&Runner],
+    busy: u32,
+    memory: &mut Memory,
+    now: Timestamp,
+) -> u32 {
+    let bounded = |wanted: u32| wanted.clamp(spec.scale.min.min(spec.scale.max), spec.scale.max);
+    if let Some(replicas) = spec.scale.replicas {
+        return bounded(u32::try_from(replicas).unwrap_or(0));
+    }
+    let wanted = match demand {
+        Demand::Known { count, .. } => bounded(busy.saturating_add(*count).saturating_add(spec.scale.idle)),
+        // Nobody knows: what is there stays.
+        Demand::Unknown(_) => bounded(u32_of(alive.len()).max(busy.saturating_add(spec.scale.idle))),
+    };
+    let window = SignedDuration::from_secs(i64::from(spec.scale.scale_down_seconds));
+    memory.wanted.retain(|(at, _)| now.duration_since(*at) < window);
+    memory.wanted.push((now, wanted));
+    // A job that has just ended its machine needs no machine in its place: with one job a machine, a machine that
+    // is gone doesn't count as wanted for the rest of the window.
+    let recent = memory.wanted.iter().map(|(_, wanted)| *wanted).max().unwrap_or(wanted);
+    bounded(recent.min(u32_of(alive.len()).max(wanted)))
+}
+
+fn create(
+    spec: &RunnerPoolSpec,
+    alive: &[&Runner],
+    missing: u32,
+    demand: &Demand,
+    memory: &Memory,
+    now: Timestamp,
+    plan: &mut Plan,
+) {
+    if missing == 0 {
+        plan.why.get_or_insert(("AtMax", format!("the pool has its most runners, {}", spec.scale.max)));
+        return;
+    }
+    if let Some(until) = memory.paused_until().filter(|until| *until > now) {
+        plan.why =
+            Some(("BackOff", format!("{} runners failed in a row; the next try is at {until:.0}", memory.failures)));
+        return;
+    }
+    // While the newest template fails, one runner at a time finds out whether it still does.
+    let missing = if memory.failures >= BAD { 1 } else { missing };
+    let waited = match demand {
+        Demand::Known { oldest: Some(oldest), .. } => now.duration_since(*oldest),
+        _ => SignedDuration::ZERO,
+    };
+    let mut at: BTreeMap<&str, u32> = BTreeMap::new();
+    for runner in alive {
+        *at.entry(&runner.placement).or_default() += 1;
+    }
+    let anywhere = [Placement::default()];
+    let placements = if spec.placements.is_empty() { anywhere.as_slice() } else { &spec.placements };
+    let full = |name: &str| {
+        alive.iter().any(|r| r.placement == name && r.unschedulable && now.duration_since(r.created) > NO_ROOM)
+    };
+    for _ in 0..missing {
+        let place = placements.iter().find(|place| {
+            let early = place.after_seconds.is_some_and(|after| waited < SignedDuration::from_secs(i64::from(after)));
+            let most = place.max.unwrap_or(u32::MAX);
+            !early && !full(&place.name) && at.get(place.name.as_str()).copied().unwrap_or(0) < most
+        });
+        let Some(place) = place else {
+            plan.why = Some(("NoRoom", "no placement takes another runner now".to_owned()));
+            return;
+        };
+        *at.entry(&place.name).or_default() += 1;
+        plan.create.push(place.name.clone());
+    }
+}
+
+/// Chooses whom to ask to go: never one with a job; first those that never ran, of old templates, of late placements, the
+/// youngest.
+fn drain_surplus(alive: &[&Runner], template: &str, surplus: u32, plan: &mut Plan) {
+    let mut free: Vec<&&Runner> = alive.iter().filter(|r| r.phase != Phase::Busy).collect();
+    free.sort_by_key(|r| {
+        let up = matches!(r.phase, Phase::Idle | Phase::Provisioning);
+        (up, r.template == template, std::cmp::Reverse(r.created), r.name.clone())
+    });
+    plan.drain.extend(free.into_iter().take(surplus as usize).map(|r| r.name.clone()));
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,226 @@
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+fn at(second: i64) -> Timestamp {
+    Timestamp::from_second(second).unwrap()
+}
+
+fn spec(extra: serde_json::Value) -> RunnerPoolSpec {
+    let mut spec = json!({
+        "provider": {"gitlab": {"url": "https://gitlab.example.com", "tokenSecretRef": {"name": "t", "key": "t"}, "tags": ["a"]}},
+        "image": "tiny",
+        "scale": {"max": 10},
+    });
+    for (key, value) in extra.as_object().unwrap() {
+        spec[key] = value.clone();
+    }
+    serde_json::from_value(spec).unwrap()
+}
+
+fn runner(name: &str, phase: Phase) -> Runner {
+    Runner {
+        name: name.to_owned(),
+        phase,
+        since: at(0),
+        template: "new".to_owned(),
+        placement: String::new(),
+        created: at(0),
+        draining: None,
+        unschedulable: false,
+        cordoned: false,
+    }
+}
+
+fn old(name: &str, phase: Phase) -> Runner {
+    Runner { template: "old".to_owned(), ..runner(name, phase) }
+}
+
+fn known(count: u32) -> Demand {
+    Demand::Known { count, oldest: Some(at(0)) }
+}
+
+fn run(spec: &RunnerPoolSpec, runners: &[Runner], demand: Demand, memory: &mut Memory, now: i64) -> Plan {
+    plan(spec, &Observed { runners, demand, template: "new", share: None }, memory, at(now))
+}
+
+fn once(spec: &RunnerPoolSpec, runners: &[Runner], demand: Demand) -> Plan {
+    run(spec, runners, demand, &mut Memory::default(), 100)
+}
+
+#[test]
+fn runners_follow_the_jobs() {
+    let pool = spec(json!({"scale": {"max": 10, "idle": 1}}));
+    assert_eq!(once(&pool, &[], known(0)).create.len(), 1, "the idle one");
+    assert_eq!(once(&pool, &[], known(4)).create.len(), 5);
+    assert_eq!(once(&pool, &[runner("a", Phase::Busy)], known(4)).create.len(), 5);
+    // What is on its way counts.
+    assert_eq!(once(&pool, &[runner("a", Phase::Starting), runner("b", Phase::Idle)], known(4)).create.len(), 3);
+    let plan = once(&pool, &[], known(400));
+    assert_eq!((plan.create.len(), plan.wanted), (10, 10), "never more than max");
+    assert_eq!(once(&spec(json!({"scale": {"min": 2, "max": 10}})), &[], known(0)).create.len(), 2);
+    assert_eq!(once(&spec(json!({"scale": {"max": 10}})), &[], known(0)), Plan { rolled_out: true, ..Plan::default() });
+}
+
+#[test]
+fn fewer_are_enough_only_after_a_while_and_never_those_with_jobs() {
+    let pool = spec(json!({"scale": {"max": 10, "scaleDownSeconds": 60}}));
+    let runners = [runner("a", Phase::Busy), runner("b", Phase::Idle), runner("c", Phase::Idle)];
+    let mut memory = Memory::default();
+    assert_eq!(run(&pool, &runners, known(2), &mut memory, 0).drain, Vec::<String>::new());
+    assert_eq!(run(&pool, &runners, known(0), &mut memory, 30).drain, Vec::<String>::new(), "too soon");
+    let plan = run(&pool, &runners, known(0), &mut memory, 61);
+    assert_eq!(plan.drain, ["b", "c"]);
+    assert_eq!(plan.wanted, 1);
+}
+
+#[test]
+fn a_machine_that_did_its_one_job_is_not_replaced_without_need() {
+    let pool = spec(json!({"scale": {"max": 10, "scaleDownSeconds": 300}}));
+    let mut memory = Memory::default();
+    run(&pool, &[runner("a", Phase::Busy)], known(0), &mut memory, 0);
+    let plan = run(&pool, &[runner("a", Phase::Gone)], known(0), &mut memory, 10);
+    assert_eq!((plan.create.len(), plan.remove), (0, vec!["a".to_owned()]));
+}
+
+#[test]
+fn doubt_changes_nothing() {
+    let pool = spec(json!({"scale": {"max": 10}}));
+    let runners = [runner("a", Phase::Idle), runner("b", Phase::Idle)];
+    let plan = once(&pool, &runners, Demand::Unknown("maintenance".to_owned()));
+    assert!(plan.create.is_empty() && plan.drain.is_empty());
+    assert_eq!(plan.why, Some(("DemandUnknown", "maintenance".to_owned())));
+}
+
+#[test]
+fn whoever_writes_replicas_decides_within_the_bounds() {
+    let pool = |replicas: i32| spec(json!({"scale": {"min": 1, "max": 5, "idle": 3, "replicas": replicas}}));
+    assert_eq!(once(&pool(3), &[], known(100)).create.len(), 3);
+    assert_eq!(once(&pool(0), &[], known(100)).create.len(), 1);
+    assert_eq!(once(&pool(100), &[], known(0)).create.len(), 5);
+}
+
+#[test]
+fn placements_fill_in_order_and_overflow_waits_its_time() {
+    let pool = spec(json!({
+        "scale": {"max": 10},
+        "placements": [{"name": "home", "max": 2}, {"name": "cloud", "afterSeconds": 60}],
+    }));
+    let demand = || Demand::Known { count: 4, oldest: Some(at(80)) };
+    let early = run(&pool, &[], demand(), &mut Memory::default(), 100);
+    assert_eq!(early.create, ["home", "home"]);
+    assert_eq!(early.why.map(|(word, _)| word), Some("NoRoom"));
+    let late = run(&pool, &[], demand(), &mut Memory::default(), 141);
+    assert_eq!(late.create, ["home", "home", "cloud", "cloud"]);
+    // A placement whose nodes are full is passed over.
+    let stuck = Runner { unschedulable: true, placement: "home".to_owned(), ..runner("a", Phase::Pending) };
+    assert_eq!(run(&pool, &[stuck], demand(), &mut Memory::default(), 141).create, ["cloud", "cloud", "cloud"]);
+}
+
+#[test]
+fn failures_slow_a_pool_down_and_are_told() {
+    let pool = spec(json!({"scale": {"max": 10}}));
+    let mut memory = Memory { failures: 3, failed: Some(at(100)), ..Memory::default() };
+    let plan = run(&pool, &[], known(5), &mut memory, 110);
+    assert!(plan.create.is_empty());
+    assert_eq!(plan.why.map(|(word, _)| word), Some("BackOff"));
+    assert_eq!(run(&pool, &[], known(5), &mut memory, 141).create.len(), 1, "one finds out");
+}
+
+#[test]
+fn a_rollout_replaces_idle_runners_and_waits_for_jobs() {
+    let pool = spec(json!({"scale": {"max": 10, "min": 3}, "rollout": {"maxSurge": 1}}));
+    let before = [old("a", Phase::Idle), old("b", Phase::Busy), old("c", Phase::Idle)];
+    let plan = once(&pool, &before, known(0));
+    assert_eq!((plan.create.len(), plan.drain.len(), plan.rolled_out), (1, 0, false), "first a new one");
+    let [a, b, c] = before;
+    let plan = once(&pool, &[a, b, c, runner("d", Phase::Idle)], known(0));
+    assert_eq!(plan.drain, ["a"], "then one old one goes");
+    let paused = spec(json!({"scale": {"max": 10, "min": 3}, "rollout": {"maxSurge": 1, "paused": true}}));
+    let plan = once(&paused, &[old("a", Phase::Idle), old("b", Phase::Idle), old("c", Phase::Idle)], known(0));
+    assert!(plan.create.is_empty() && plan.drain.is_empty());
+}
+
+#[test]
+fn a_rollout_of_something_broken_stops() {
+    let pool = spec(json!({"scale": {"max": 10, "min": 2}}));
+    let mut memory = Memory { failures: 3, failed: Some(at(0)), ..Memory::default() };
+    let plan = run(&pool, &[old("a", Phase::Idle), old("b", Phase::Idle)], known(0), &mut memory, 1000);
+    assert!(plan.halted.is_some() && plan.drain.is_empty() && plan.create.is_empty(), "{plan:?}");
+}
+
+#[test]
+fn a_node_that_is_emptied_gives_back_its_idle_runners() {
+    let pool = spec(json!({"scale": {"max": 10, "min": 2}}));
+    let cordoned = |name, phase| Runner { cordoned: true, ..runner(name, phase) };
+    let plan = once(&pool, &[cordoned("a", Phase::Idle), cordoned("b", Phase::Busy)], known(0));
+    assert_eq!(plan.drain, ["a"]);
+}
+
+fn any_runner() -> impl Strategy<Value = (Phase, bool, bool, bool)> {
+    let phases = vec![
+        Phase::Pending,
+        Phase::Starting,
+        Phase::Provisioning,
+        Phase::Idle,
+        Phase::Busy,
+        Phase::Gone,
+        Phase::Failed,
+    ];
+    (proptest::sample::select(phases), any::<bool>(), proptest::bool::weighted(0.2), proptest::bool::weighted(0.2))
+}
+
+proptest! {
+    #[test]
+    fn no_plan_touches_a_job_or_leaves_the_bounds(
+        all in proptest::collection::vec(any_runner(), 0..14), count in 0..30u32, min in 0..4u32, max in 0..12u32,
+        unknown: bool, failures in 0..6u32, surge in 0..3u32, unavailable in 0..3u32, share in proptest::option::of(0..12u32),
+    ) {
+        let pool = spec(json!({
+            "scale": {"min": min, "max": max, "scaleDownSeconds": 0},
+            "rollout": {"maxSurge": surge, "maxUnavailable": unavailable},
+        }));
+        let runners: Vec<Runner> = all.iter().enumerate().map(|(n, (phase, new, draining, cordoned))| Runner {
+            template: if *new { "new" } else { "old" }.to_owned(),
+            draining: draining.then(|| at(99)),
+            cordoned: *cordoned,
+            ..runner(&format!("r{n}"), *phase)
+        }).collect();
+        let mut memory = Memory { failures, failed: Some(at(0)), ..Memory::default() };
+        let demand = if unknown { Demand::Unknown("x".to_owned()) } else { known(count) };
+        let plan = plan(&pool, &Observed { runners: &runners, demand, template: "new", share }, &mut memory, at(10_000));
+        let find = |name: &String| runners.iter().find(|r| r.name == *name).unwrap();
+        for name in &plan.drain {
+            prop_assert!(find(name).phase != Phase::Busy, "a job would be ended by choice");
+            prop_assert!(find(name).draining.is_none() && !find(name).phase.is_over());
+            prop_assert_eq!(plan.drain.iter().filter(|other| *other == name).count(), 1);
+        }
+        for name in &plan.remove {
+            let runner = find(name);
+            prop_assert!(runner.phase.is_over() || runner.draining.is_some(), "removed without a reason");
+        }
+        let alive = runners.iter().filter(|r| !r.phase.is_over()).count();
+        prop_assert!(plan.create.is_empty() || alive + plan.create.len() <= (max.max(min.min(max)) + surge) as usize);
+    }
+
+    #[test]
+    fn a_pool_comes_to_rest(count in 0..8u32, idle in 0..3u32, start in 0..8usize) {
+        let pool = spec(json!({"scale": {"max": 10, "idle": idle, "scaleDownSeconds": 0}}));
+        let mut runners: Vec<Runner> = (0..start).map(|n| old(&format!("s{n}"), Phase::Idle)).collect();
+        let mut memory = Memory::default();
+        for turn in 0..60 {
+            let plan = run(&pool, &runners, known(count), &mut memory, turn);
+            if plan.create.is_empty() && plan.drain.is_empty() && plan.remove.is_empty() {
+                prop_assert!(plan.rolled_out, "at rest with old runners");
+                prop_assert_eq!(runners.len() as u32, (count + idle).min(10));
+                return Ok(());
+            }
+            runners.retain(|r| !plan.drain.contains(&r.name) && !plan.remove.contains(&r.name));
+            for n in 0..plan.create.len() {
+                runners.push(runner(&format!("n{turn}-{n}"), Phase::Idle));
+            }
+        }
+        prop_assert!(false, "it never comes to rest");
+    }
+}
