@@ -3,6 +3,7 @@
 //! Every help text is held by a snapshot in `args/tests.rs`, so that a change of the surface shows
 //! as a diff.
 
+mod gitlab_executor;
 mod values;
 
 use std::net::IpAddr;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
+pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
 pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
 
 const STYLES: Styles = Styles::styled()
@@ -82,6 +84,7 @@ pub(crate) enum Command {
     Cp(Cp),
     Stop(Stop),
     Image(Image),
+    GitlabExecutor(GitlabExecutor),
     Doctor(Doctor),
     Completions(Completions),
     Version(Version),

@@ -8,6 +8,7 @@ use kube::Api;
 use kube::api::{AttachParams, AttachedProcess};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinHandle;
 
 use crate::args;
 use crate::client;
@@ -59,14 +60,34 @@ pub(crate) async fn run(
     let stdout = process.stdout().map(|from| tokio::spawn(drain(from, tokio::io::stdout())));
     let stderr = process.stderr().map(|from| tokio::spawn(drain(from, tokio::io::stderr())));
 
-    let status = process.take_status().context("the exec has no status")?.await;
-    for output in [stdout, stderr].into_iter().flatten() {
-        output.await.context("copying the output panicked")??;
-    }
+    let ended = ended(process, pod, [stdout, stderr]).await;
     for task in [typing.map(|t| t.abort_handle()), resizing.map(|t| t.abort_handle())].into_iter().flatten() {
         task.abort();
     }
     drop(raw);
+    ended
+}
+
+/// Runs a command in a pod's guest on some input; what it says goes to this process's own streams.
+pub(crate) async fn on_input(api: &Api<Pod>, pod: &str, command: Vec<String>, input: Vec<u8>) -> Result<Exit> {
+    let params = AttachParams { stdin: true, stdout: true, stderr: true, ..buffers() };
+    let mut process = start(api, pod, command, &params).await?;
+    let feeding = process.stdin().map(|to| tokio::spawn(feed(std::io::Cursor::new(input), to)));
+    let stdout = process.stdout().map(|from| tokio::spawn(drain(from, tokio::io::stdout())));
+    let stderr = process.stderr().map(|from| tokio::spawn(drain(from, tokio::io::stderr())));
+    let ended = ended(process, pod, [stdout, stderr]).await;
+    if let Some(feeding) = feeding {
+        feeding.abort();
+    }
+    ended
+}
+
+/// Waits until a command has ended and its output was passed on.
+async fn ended(mut process: AttachedProcess, pod: &str, outputs: [Option<JoinHandle<Result<()>>>; 2]) -> Result<Exit> {
+    let status = process.take_status().context("the exec has no status")?.await;
+    for output in outputs.into_iter().flatten() {
+        output.await.context("copying the output panicked")??;
+    }
     match status {
         Some(status) => exit_of(&status, pod),
         // The connection ended without a word about the command.

@@ -6,6 +6,7 @@ mod client;
 mod controller;
 mod doctor;
 mod exec;
+mod gitlab_executor;
 mod home;
 mod image;
 mod interrupts;
@@ -81,6 +82,7 @@ async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Stop(args) => pods::stop(&home()?, &args).await,
         Command::Doctor(args) => doctor::run(&home()?, &args).await,
         Command::Image(args) => image::run(&home()?, args.command).await,
+        Command::GitlabExecutor(args) => gitlab_executor::run(home, args).await,
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "vmpod", &mut script);

@@ -229,7 +229,7 @@ fn progress(args: &args::Run, what: &str) -> Progress {
 
 /// How far a pod is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Stage {
+pub(crate) enum Stage {
     /// Not yet, and what it waits for.
     Waiting(String),
     /// The machine runs.
@@ -242,7 +242,7 @@ enum Stage {
 
 /// How it ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum End {
+pub(crate) enum End {
     /// The main process's exit code.
     Code(i32),
     /// There is none, because the machine failed.
@@ -263,7 +263,8 @@ const HOPELESS: [&str; 8] = [
 /// Reasons of an end at which no command has run.
 const NEVER_RAN: [&str; 4] = ["StartError", "ContainerCannotRun", "ContainerStatusUnknown", "CreateContainerError"];
 
-fn stage(pod: &Pod) -> Stage {
+/// How far a pod is.
+pub(crate) fn stage(pod: &Pod) -> Stage {
     let Some(status) = &pod.status else { return Stage::Waiting("scheduling".into()) };
     let condition = |kind: &str| status.conditions.iter().flatten().find(|c| c.type_ == kind);
     let state = status.container_statuses.as_deref().and_then(|all| all.first()).and_then(|c| c.state.as_ref());
