@@ -1,6 +1,6 @@
 # Every command is one line that can be typed by hand as well. Each installs what it needs (scripts/prerequisites).
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest guest-debian agent tools fmt lint tidy unit doctest doc e2e test demo bench clean
+.PHONY: help deps build guest guest-debian agent tools fmt lint tidy unit doctest doc e2e test demo bench bench-image clean
 export PATH := $(PATH):$(CURDIR)/target/tools/bin
 
 help: ## say what there is
@@ -53,6 +53,9 @@ demo: ## boot a virtual machine as a Pod, talk to it, clean up
 
 bench: build guest ## pod created to exec answered, against QEMU started by hand
 	scripts/prerequisites e2e && cargo xtask bench pod-start
+
+bench-image: build guest-debian ## pull, push, delta and clone of a disk image, against skopeo and oras
+	scripts/prerequisites e2e && cargo xtask bench image
 
 clean: ## remove everything that was made here
 	cargo clean

@@ -3,13 +3,15 @@
 //! A benchmark prints a table for people and, as its last line, one JSON object. What is compared
 //! is measured in the same run, in turns, so that a busy machine is busy for both.
 
+mod image;
 mod pod_start;
 mod process;
 mod samples;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 use clap::ValueEnum;
 
 /// The benchmarks.
@@ -17,11 +19,26 @@ use clap::ValueEnum;
 pub(crate) enum Name {
     /// Pod created → exec answers, over the same QEMU started by hand and polled by ssh
     PodStart,
+    /// Pull, push, delta and clone of a disk image, over skopeo and oras
+    Image,
 }
 
 /// Runs one benchmark.
 pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     match name {
         Name::PodStart => pod_start::run(quick, program, root),
+        Name::Image => image::run(quick, program, root),
     }
+}
+
+/// Builds vmpod as it is released.
+fn build(root: &Path) -> Result<PathBuf> {
+    crate::say("building vmpod (release)");
+    let status = Command::new("cargo")
+        .args(["build", "--release", "--locked", "--package", "vmpod"])
+        .current_dir(root)
+        .status()
+        .context("cargo did not start")?;
+    ensure!(status.success(), "vmpod did not build");
+    Ok(root.join("target/release/vmpod"))
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 
+use crate::digest::Digest;
 use crate::format::Blob;
 
 /// Bytes on their way.
@@ -22,6 +23,9 @@ pub(crate) trait Blobs: Send + Sync {
 
     /// The source's name, for messages.
     fn place(&self) -> &str;
+
+    /// Says that what came for `digest` wasn't it, so that it is taken from elsewhere if there is an elsewhere.
+    fn distrust(&self, _digest: Digest) {}
 }
 
 /// Why bytes didn't come.

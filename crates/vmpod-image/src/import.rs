@@ -1,13 +1,11 @@
-//! Making images from files, and files from images.
+//! Making images from files.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Read as _;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio::sync::watch;
 
@@ -25,7 +23,7 @@ use crate::progress::{Phase, Progress};
 use crate::pull::{Incoming, bring, choose};
 use crate::qcow2::{self, Qcow2, Qcow2Error};
 use crate::reference::Reference;
-use crate::store::files::{self, io};
+use crate::store::files::io;
 use crate::store::record::{FileRecord, Part, Record, Window, Windows};
 use crate::store::work::{Finished, Work};
 use crate::store::{Store, StoreError};
@@ -191,7 +189,7 @@ pub enum ImportError {
         source: Box<TransferError>,
     },
     /// The native form couldn't be made.
-    #[error("couldn't export {image}")]
+    #[error("couldn't make the native form of {image}")]
     Native {
         /// The image.
         image: Digest,
@@ -201,9 +199,6 @@ pub enum ImportError {
     /// A tar archive where a disk was expected.
     #[error("{0} is a tar archive, no disk: unpack it, and import the disk or the OCI layout in it")]
     Archive(PathBuf),
-    /// An image of a kernel alone.
-    #[error("image {0} has no disk to export")]
-    NoDisk(Digest),
     /// A configuration that can't be written.
     #[error("couldn't write the configuration")]
     Json(#[source] serde_json::Error),
@@ -447,57 +442,6 @@ async fn import_layout(
     })
 }
 
-/// Writes `image` in the native format as an OCI image layout into the directory `path`, made if absent, which may hold other images
-/// already. Its tag there is the tag of `name`.
-pub async fn export_oci_layout(store: &Store, image: &Image, path: &Path, name: &Reference) -> Result<(), ImportError> {
-    let (store, image, path) = (store.clone(), image.clone(), path.to_owned());
-    let tag = name.tag().unwrap_or("latest").to_owned();
-    tokio::task::spawn_blocking(move || export_blocking(&store, &image, &path, &tag))
-        .await
-        .map_err(|_| ImportError::Stopped)?
-}
-
-fn export_blocking(store: &Store, image: &Image, path: &Path, tag: &str) -> Result<(), ImportError> {
-    let failed = |source| ImportError::Native { image: image.digest, source: Box::new(source) };
-    let native = NativeImage::of(store, image).map_err(failed)?;
-    let layout = Layout::make(path)?;
-    let layers = native.distinct_layers();
-    let next = AtomicUsize::new(0);
-    let changed = Mutex::new(HashMap::new());
-    let failure = Mutex::new(None);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while let Some(layer) = layers.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    match native.write_layer(layer, |digest| layout.path(digest)) {
-                        Ok(None) => {}
-                        Ok(Some(new)) => {
-                            changed.lock().unwrap_or_else(PoisonError::into_inner).insert(layer.digest, new);
-                        }
-                        Err(error) => {
-                            next.store(layers.len(), Ordering::Relaxed);
-                            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                        }
-                    }
-                }
-            });
-        }
-    });
-    if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(failed(error));
-    }
-    let changed = changed.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let (config, manifest) = native.documents(&changed).map_err(failed)?;
-    files::write_whole(&layout.path(Digest::of(&config)), &config)?;
-    let digest = Digest::of(&manifest);
-    files::write_whole(&layout.path(digest), &manifest)?;
-    let mut descriptor = Descriptor::new(media::OCI_MANIFEST, digest, manifest.len() as u64);
-    descriptor.artifact_type = Some(media::ARTIFACT.to_owned());
-    layout.add(descriptor, tag)?;
-    Ok(())
-}
-
 /// Makes the native form of an image of another format, under the name `to`. The disks are shared, not copied. A native image just gets
 /// the name.
 pub async fn convert(store: &Store, image: &Image, to: &Reference) -> Result<Image, ImportError> {
@@ -515,7 +459,7 @@ fn convert_blocking(store: &Store, image: &Image, to: &Reference) -> Result<Imag
     let failed = |source| ImportError::Native { image: image.digest, source: Box::new(source) };
     let from = store.record(image.digest)?.ok_or(StoreError::NoImage(image.digest))?;
     let native = NativeImage::of(store, image).map_err(failed)?;
-    let (config, manifest) = native.documents(&HashMap::new()).map_err(failed)?;
+    let (config, manifest) = native.documents(&HashMap::new(), &BTreeMap::new()).map_err(failed)?;
     let known: Config = serde_json::from_slice(&config).map_err(ImportError::Json)?;
     let work = Work::scratch(store)?;
     let disks = (0..known.disks.len()).map(Part::Disk);
@@ -529,38 +473,4 @@ fn convert_blocking(store: &Store, image: &Image, to: &Reference) -> Result<Imag
         Record::new(Digest::of(&manifest), native::NAME, jiff::Timestamp::now(), known, native.transfer_bytes());
     record.files = from.files;
     Ok(work.publish(store, &Finished { record, windows, manifest: &manifest, config: &config }, to)?)
-}
-
-/// Writes the first disk of an image as a raw file, holes left out; an existing file is replaced.
-pub async fn export_raw(store: &Store, image: &Image, path: &Path) -> Result<(), ImportError> {
-    let (from, path) = (store.image_dir(image.digest).join(Part::Disk(0).file_name()), path.to_owned());
-    if image.config.disks.is_empty() {
-        return Err(ImportError::NoDisk(image.digest));
-    }
-    tokio::task::spawn_blocking(move || Ok(copy_sparse(&from, &path)?)).await.map_err(|_| ImportError::Stopped)?
-}
-
-fn copy_sparse(from: &Path, to: &Path) -> Result<(), StoreError> {
-    files::remove_file(to)?;
-    if reflink_copy::reflink(from, to).is_ok() {
-        let writable = std::os::unix::fs::PermissionsExt::from_mode(0o644);
-        return std::fs::set_permissions(to, writable).map_err(io("make writable", to));
-    }
-    let source = File::open(from).map_err(io("open", from))?;
-    let size = source.metadata().map_err(io("read", from))?.len();
-    let target = File::create(to).map_err(io("make", to))?;
-    target.set_len(size).map_err(io("set the size of", to))?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    while let Some((start, end)) = files::next_data(&source, at, size).map_err(io("read", from))? {
-        let mut here = start;
-        while here < end {
-            let step = usize::try_from(end - here).unwrap_or(usize::MAX).min(buffer.len());
-            source.read_exact_at(&mut buffer[..step], here).map_err(io("read", from))?;
-            files::write_sparse(&target, here, &buffer[..step]).map_err(io("write", to))?;
-            here += step as u64;
-        }
-        at = end;
-    }
-    target.sync_all().map_err(io("sync", to))
 }

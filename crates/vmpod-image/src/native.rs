@@ -1,6 +1,6 @@
 //! The native form of an image in the store: its manifest, and its layers made again from its disks.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -45,6 +45,14 @@ pub enum NativeError {
         path: PathBuf,
         /// The window's offset, bytes.
         offset: u64,
+    },
+    /// An image that `KubeVirt` has no form for.
+    #[error("image {image} can't be a containerDisk: {why}")]
+    NoContainerDisk {
+        /// The image.
+        image: Digest,
+        /// What is in the way.
+        why: &'static str,
     },
     /// The runtime is shutting down.
     #[error("stopped")]
@@ -108,7 +116,7 @@ impl NativeImage {
             layers.extend(ingest.run().map_err(failed)?.iter().map(|chunk| chunk.descriptor(index)));
         }
         let config = serde_json::to_vec(&Config { disks, ..record.config }).map_err(NativeError::Json)?;
-        let manifest = native::manifest(&config, layers, std::collections::BTreeMap::new());
+        let manifest = native::manifest(&config, layers, BTreeMap::new());
         Self::new(dir, config, manifest, None)
     }
 
@@ -177,14 +185,20 @@ impl NativeImage {
         packer.pack(&raw).map(<[u8]>::to_vec).map_err(failed)
     }
 
-    /// The configuration and the manifest, with the descriptors of layers that came out otherwise.
-    pub(crate) fn documents(&self, changed: &HashMap<Digest, Descriptor>) -> Result<(Vec<u8>, Vec<u8>), NativeError> {
+    /// The configuration and the manifest, with the descriptors of layers that came out otherwise, and with more annotations.
+    pub(crate) fn documents(
+        &self,
+        changed: &HashMap<Digest, Descriptor>,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<(Vec<u8>, Vec<u8>), NativeError> {
         if changed.is_empty()
+            && annotations.is_empty()
             && let Some(original) = &self.original
         {
             return Ok((self.config.clone(), original.clone()));
         }
         let mut manifest = self.manifest.clone();
+        manifest.annotations.extend(annotations.clone());
         for layer in &mut manifest.layers {
             if let Some(new) = changed.get(&layer.digest) {
                 (layer.digest, layer.size) = (new.digest, new.size);

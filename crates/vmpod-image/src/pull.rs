@@ -12,9 +12,11 @@ use crate::digest::Digest;
 use crate::format::{self, Documents, FormatError, Plan};
 use crate::image::Image;
 use crate::manifest::{Document, Index, Manifest};
+use crate::mirror::{Mirror, Sources};
 use crate::progress::{Phase, Progress};
 use crate::reference::Reference;
-use crate::registry::{Access, RegistryError, Repository};
+use crate::registry::{Access, RegistryError};
+use crate::signature::{self, SignatureError, SignaturePolicy};
 use crate::store::record::Record;
 use crate::store::work::{Finished, Work};
 use crate::store::{Store, StoreError};
@@ -34,6 +36,10 @@ pub struct PullOptions {
     pub ca_files: Vec<PathBuf>,
     /// The platform to choose from an index; this host's architecture unless given.
     pub platform: Option<(Os, Architecture)>,
+    /// Registries to ask first.
+    pub mirrors: Vec<Mirror>,
+    /// Which images must be signed. Those that none of these cover needn't be.
+    pub signatures: Vec<SignaturePolicy>,
     /// How often and how long to try again.
     pub retry: Retry,
     /// Where progress is published, a few times a second.
@@ -99,6 +105,14 @@ pub enum PullError {
         /// What is wrong with it.
         source: FormatError,
     },
+    /// Nobody vouches for it.
+    #[error("image {reference} is refused")]
+    Signature {
+        /// The image.
+        reference: Reference,
+        /// Why.
+        source: SignatureError,
+    },
     /// Its bytes.
     #[error("couldn't pull {reference}")]
     Transfer {
@@ -124,6 +138,7 @@ impl PullError {
         match self {
             Self::Registry { source: RegistryError::Request(error), .. }
             | Self::Transfer { source: TransferError::Fetch { source: error, .. }, .. } => error.is_transient(),
+            Self::Signature { source: SignatureError::Fetch { source: error, .. }, .. } => error.is_transient(),
             Self::Transfer {
                 source: TransferError::Wrong { .. } | TransferError::Store(_) | TransferError::Stopped,
                 ..
@@ -150,16 +165,24 @@ pub async fn pull(store: &Store, reference: &Reference, options: PullOptions) ->
         }
         source => PullError::Registry { reference: reference.clone(), source },
     };
-    let repository = Arc::new(Repository::open(reference, &access, false, None).await.map_err(failed)?);
+    let repository = Arc::new(Sources::open(reference, &options.mirrors, &access).await.map_err(failed)?);
     let unreadable = |source| PullError::Manifest { reference: reference.clone(), source };
     let platform = options.platform.unwrap_or((Os::Linux, Architecture::host()));
 
     let mut version = reference.version();
+    let mut signed = false;
     let mut indexes = 0;
     let (digest, bytes, manifest) = loop {
         let bytes = again(options.retry, || repository.manifest(&version))
             .await
             .map_err(|error| failed(RegistryError::Request(error)))?;
+        if !signed {
+            // What the name leads to is what is signed; what an index leads to is named there by digest.
+            signature::check(&options.signatures, reference, Digest::of(&bytes), &repository, options.retry)
+                .await
+                .map_err(|source| PullError::Signature { reference: reference.clone(), source })?;
+            signed = true;
+        }
         match Document::parse(&bytes).map_err(unreadable)? {
             Document::Manifest(manifest) => break (Digest::of(&bytes), bytes, manifest),
             Document::Index(index) => {

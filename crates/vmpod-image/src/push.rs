@@ -1,6 +1,6 @@
 //! Pushing images to a registry.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
@@ -11,6 +11,7 @@ use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
 use tokio::sync::watch;
 
 use crate::blobs::{BlobError, Retry};
+use crate::containerdisk::ContainerDisk;
 use crate::credentials::Credentials;
 use crate::digest::Digest;
 use crate::image::Image;
@@ -21,6 +22,8 @@ use crate::pull::again;
 use crate::reference::Reference;
 use crate::registry::upload::Begun;
 use crate::registry::{Access, RegistryError, Repository};
+use crate::store::files::io;
+use crate::store::work::Work;
 use crate::store::{Store, StoreError};
 use crate::transfer::Reporter;
 
@@ -38,10 +41,26 @@ pub struct PushOptions {
     pub plain_http: Vec<String>,
     /// More certificate authorities to trust: PEM files.
     pub ca_files: Vec<PathBuf>,
+    /// What is made of the image.
+    pub format: PushFormat,
+    /// Annotations for the manifest, such as [`crate::media::OCI_SOURCE`]. They change its digest.
+    pub annotations: BTreeMap<String, String>,
+    /// A repository of the same registry that may have the layers already, besides those that the image came from.
+    pub mount_from: Option<String>,
     /// How often and how long to try again.
     pub retry: Retry,
     /// Where progress is published, a few times a second.
     pub progress: Option<watch::Sender<Progress>>,
+}
+
+/// What an image is pushed as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum PushFormat {
+    /// The native format.
+    #[default]
+    Native,
+    /// A `KubeVirt` containerDisk.
+    ContainerDisk,
 }
 
 /// Why a push failed.
@@ -86,63 +105,37 @@ impl PushError {
     }
 }
 
-/// Pushes the image that the store has as `from` to the registry as `to`, in the native format. Layers that the registry has aren't
-/// sent. Returns the digest of the manifest there: the image's own, unless a layer had to be packed anew and came out
-/// otherwise.
+/// Pushes the image that the store has as `from` to the registry as `to`. Layers that the registry has aren't sent. Returns the digest
+/// of the manifest there: in the native format and without annotations the image's own, unless a layer had to be packed anew
+/// and came out otherwise.
 pub async fn push(store: &Store, from: &Reference, to: &Reference, options: PushOptions) -> Result<Digest, PushError> {
     if to.is_local() {
         return Err(PushError::Local(to.clone()));
     }
     let image = store.get(from)?.ok_or_else(|| PushError::NoImage(from.clone()))?;
-    let report = Arc::new(Reporter::new(options.progress));
-    let native = {
-        let (store, image) = (store.clone(), image.clone());
-        tokio::task::spawn_blocking(move || NativeImage::of(&store, &image))
-            .await
-            .map_err(|_| PushError::Stopped)?
-            .map_err(|source| PushError::Native { reference: from.clone(), source })?
+    let report = Reporter::new(options.progress);
+    let mount = options.mount_from.or_else(|| mount_source(&image, to));
+    let failed = |error: Failure| match error {
+        Failure::Registry(error) => {
+            PushError::Registry { reference: to.clone(), source: RegistryError::Request(error) }
+        }
+        Failure::Native(source) => PushError::Native { reference: from.clone(), source },
+        Failure::Store(source) => PushError::Store(source),
+        Failure::Stopped => PushError::Stopped,
     };
-    let failed = |source: RegistryError| PushError::Registry { reference: to.clone(), source };
     let access =
         Access { credentials: options.credentials, plain_http: options.plain_http, ca_files: options.ca_files };
-    let mount = mount_source(&image, to);
-    let repository = Repository::open(to, &access, true, mount.as_deref()).await.map_err(failed)?;
-
-    let layers = native.distinct_layers();
-    report.total(layers.iter().map(|layer| layer.size).sum());
-    report.phase(Phase::Transferring);
-    let largest = native.largest_window().max(1);
-    let jobs = usize::try_from((MEMORY / largest).clamp(1, JOBS)).unwrap_or(1);
-    let native = Arc::new(native);
-    let upload = Upload {
-        repository: &repository,
-        native: &native,
-        mount: mount.as_deref(),
-        retry: options.retry,
-        report: &report,
-    };
-    let changed: HashMap<Digest, Descriptor> = futures::stream::iter(layers)
-        .map(|layer| upload.layer(layer).boxed())
-        .buffer_unordered(jobs)
-        .try_filter_map(async |changed| Ok(changed))
-        .try_collect()
+    let repository = Repository::open(to, &access, true, mount.as_deref())
         .await
-        .map_err(|error| match error {
-            Failure::Registry(error) => failed(RegistryError::Request(error)),
-            Failure::Native(source) => PushError::Native { reference: from.clone(), source },
-        })?;
-    report.phase(Phase::Finishing);
-    let (config, manifest) =
-        native.documents(&changed).map_err(|source| PushError::Native { reference: from.clone(), source })?;
-    let finish = async {
-        upload.blob(Digest::of(&config), config.clone().into()).await?;
-        let digest = Digest::of(&manifest);
-        let bytes = Bytes::from(manifest.clone());
-        let version = to.tag().map_or_else(|| digest.to_string(), str::to_owned);
-        again(options.retry, || repository.put_manifest(&version, crate::media::OCI_MANIFEST, bytes.clone())).await?;
-        Ok(digest)
+        .map_err(|source| PushError::Registry { reference: to.clone(), source })?;
+    let upload = Upload { repository: &repository, mount: mount.as_deref(), retry: options.retry, report: &report };
+    let made = match options.format {
+        PushFormat::Native => upload.native(store, &image, &options.annotations).await,
+        PushFormat::ContainerDisk => upload.container_disk(store, &image, &options.annotations).await,
     };
-    let digest = finish.await.map_err(|error: BlobError| failed(RegistryError::Request(error)))?;
+    let (config, manifest) = made.map_err(failed)?;
+    report.phase(Phase::Finishing);
+    let digest = upload.finish(config, manifest, to).await.map_err(|error| failed(error.into()))?;
     report.phase(Phase::Done);
     Ok(digest)
 }
@@ -159,6 +152,8 @@ fn mount_source(image: &Image, to: &Reference) -> Option<String> {
 enum Failure {
     Registry(BlobError),
     Native(NativeError),
+    Store(StoreError),
+    Stopped,
 }
 
 impl From<BlobError> for Failure {
@@ -169,15 +164,100 @@ impl From<BlobError> for Failure {
 
 struct Upload<'a> {
     repository: &'a Repository,
-    native: &'a Arc<NativeImage>,
     mount: Option<&'a str>,
     retry: Retry,
     report: &'a Reporter,
 }
 
 impl Upload<'_> {
+    /// Sends the layers of the native form. Returns the configuration and the manifest.
+    async fn native(
+        &self,
+        store: &Store,
+        image: &Image,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+        let native = {
+            let (store, image) = (store.clone(), image.clone());
+            tokio::task::spawn_blocking(move || NativeImage::of(&store, &image))
+                .await
+                .map_err(|_| Failure::Stopped)?
+                .map_err(Failure::Native)?
+        };
+        let layers = native.distinct_layers();
+        self.report.total(layers.iter().map(|layer| layer.size).sum());
+        self.report.phase(Phase::Transferring);
+        let largest = native.largest_window().max(1);
+        let jobs = usize::try_from((MEMORY / largest).clamp(1, JOBS)).unwrap_or(1);
+        let native = Arc::new(native);
+        let changed: HashMap<Digest, Descriptor> = futures::stream::iter(layers)
+            .map(|layer| self.layer(&native, layer).boxed())
+            .buffer_unordered(jobs)
+            .try_filter_map(async |changed| Ok(changed))
+            .try_collect()
+            .await?;
+        native.documents(&changed, annotations).map_err(Failure::Native)
+    }
+
+    /// Packs the disk as a containerDisk's layer, in a file of the store that goes afterwards, and sends it.
+    async fn container_disk(
+        &self,
+        store: &Store,
+        image: &Image,
+        annotations: &BTreeMap<String, String>,
+    ) -> Result<(Vec<u8>, Vec<u8>), Failure> {
+        let work = Work::scratch(store).map_err(Failure::Store)?;
+        let made = {
+            let (store, image, annotations) = (store.clone(), image.clone(), annotations.clone());
+            let layer = work.dir().join("layer");
+            tokio::task::spawn_blocking(move || ContainerDisk::make(&store, &image, &layer, &annotations))
+                .await
+                .map_err(|_| Failure::Stopped)?
+        };
+        let sent = match made.map_err(Failure::Native) {
+            Ok(made) => self.layer_file(&made).await.map(|()| (made.config, made.manifest)),
+            Err(error) => Err(error),
+        };
+        work.discard().map_err(Failure::Store)?;
+        sent
+    }
+
+    async fn layer_file(&self, made: &ContainerDisk) -> Result<(), Failure> {
+        let (digest, size) = (made.layer.digest, made.layer.size);
+        self.report.total(size);
+        self.report.phase(Phase::Transferring);
+        if again(self.retry, || self.repository.has_blob(digest)).await? {
+            self.report.reuse(size);
+            return Ok(());
+        }
+        match again(self.retry, || self.repository.begin(digest, self.mount)).await? {
+            Begun::Mounted => self.report.reuse(size),
+            Begun::Upload(at) => {
+                let path = &made.layer_file;
+                let file = File::open(path).map_err(|error| Failure::Store(io("open", path)(error)))?;
+                let file = (&Arc::new(file), size);
+                self.repository.upload_file(at, digest, file, self.retry, |bytes| self.report.advance(bytes)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends the configuration and the manifest. Returns the manifest's digest.
+    async fn finish(&self, config: Vec<u8>, manifest: Vec<u8>, to: &Reference) -> Result<Digest, BlobError> {
+        self.blob(Digest::of(&config), config.into()).await?;
+        let digest = Digest::of(&manifest);
+        let bytes = Bytes::from(manifest);
+        let version = to.tag().map_or_else(|| digest.to_string(), str::to_owned);
+        again(self.retry, || self.repository.put_manifest(&version, crate::media::OCI_MANIFEST, bytes.clone())).await?;
+        Ok(digest)
+    }
+
     /// Makes sure that the registry has a layer. Returns its old digest and new descriptor when packing it gave other bytes.
-    async fn layer(&self, layer: Descriptor) -> Result<Option<(Digest, Descriptor)>, Failure> {
+    async fn layer(
+        &self,
+        native: &Arc<NativeImage>,
+        layer: Descriptor,
+    ) -> Result<Option<(Digest, Descriptor)>, Failure> {
         if again(self.retry, || self.repository.has_blob(layer.digest)).await? {
             self.report.reuse(layer.size);
             return Ok(None);
@@ -188,7 +268,7 @@ impl Upload<'_> {
             self.report.reuse(layer.size);
             return Ok(None);
         }
-        let native = Arc::clone(self.native);
+        let native = Arc::clone(native);
         let asked = layer.clone();
         let packed = tokio::task::spawn_blocking(move || native.pack(&asked))
             .await

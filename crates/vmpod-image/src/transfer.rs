@@ -323,7 +323,8 @@ impl Context {
                 self.fetch_large(layer, sinks).await
             };
             match result {
-                Err(TransferError::Wrong { what, .. }) if attempt < WRONG_ATTEMPTS => {
+                Err(TransferError::Wrong { layer: wrong, what, .. }) if attempt < WRONG_ATTEMPTS => {
+                    self.fetcher.distrust(wrong);
                     tracing::warn!(layer = %digest, place = self.fetcher.place(), what, "wrong bytes, fetching again");
                     self.report.retreat(bytes_of(layer));
                 }

@@ -7,7 +7,8 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use vmpod_image::{
-    Image, ImportError, ImportOptions, Prune, Reference, Source, Store, convert, export_oci_layout, export_raw, import,
+    ExportError, ExportFormat, Image, ImportError, ImportOptions, Prune, Reference, Source, Store, convert, export,
+    export_oci_layout, import,
 };
 
 const MIB: u64 = 1 << 20;
@@ -61,7 +62,7 @@ async fn damage_is_found_where_it_is() {
         )
     );
     let error = export_oci_layout(&store, &image, &dir.path().join("out.oci"), &name("a")).await.unwrap_err();
-    assert!(matches!(&error, ImportError::Native { .. }) && format!("{error:?}").contains("Damaged"), "{error:?}");
+    assert!(matches!(&error, ExportError::Pack { .. }) && format!("{error:?}").contains("Damaged"), "{error:?}");
 }
 
 #[tokio::test]
@@ -123,7 +124,7 @@ async fn a_foreign_image_becomes_a_native_one_that_shares_its_disk() {
 
     let disk = std::fs::read(file(&store, &lume, "disk-0.raw")).unwrap();
     let raw = dir.path().join("out.raw");
-    export_raw(&store, &native, &raw).await.unwrap();
+    export(&store, &native, &raw, ExportFormat::Raw, &name("x")).await.unwrap();
     assert!(std::fs::read(&raw).unwrap() == disk);
     assert!(std::fs::metadata(&raw).unwrap().blocks() * 512 < 400_000);
 
@@ -149,8 +150,9 @@ async fn damage_gets_no_new_digest() {
     let data = bytes.iter().position(|byte| *byte != 0 && *byte != b'!').unwrap();
     scribble(&disk, data as u64);
     let exported = export_oci_layout(&store, &lume, &dir.path().join("out.oci"), &name("a")).await;
-    for error in [exported.unwrap_err(), convert(&store, &lume, &name("native")).await.unwrap_err()] {
-        assert!(format!("{error:?}").contains("Corrupt"), "{error:?}");
+    let converted = convert(&store, &lume, &name("native")).await.unwrap_err();
+    for error in [format!("{:?}", exported.unwrap_err()), format!("{converted:?}")] {
+        assert!(error.contains("Corrupt"), "{error:?}");
     }
 }
 

@@ -130,6 +130,8 @@ async fn find(
         credentials: credentials(client, registries, events, pod).await,
         plain_http: registries.plain_http.clone(),
         ca_files: registries.ca_files.clone(),
+        mirrors: registries.mirrors.clone(),
+        signatures: registries.signatures.clone(),
         ..PullOptions::default()
     };
     let image = pull(store, &reference, options)

@@ -9,7 +9,7 @@ use std::{
 };
 
 use k8s_openapi::api::core::v1::Taint;
-use vmpod_image::{Credentials, Store};
+use vmpod_image::{Credentials, Mirror, SignaturePolicy, Store};
 use vmpod_machine::{Accel, Machines, Memory};
 
 /// Everything [`Node::open`](crate::Node::open) needs.
@@ -153,4 +153,8 @@ pub struct Registries {
     pub plain_http: Vec<String>,
     /// More certificate authorities to trust, PEM files.
     pub ca_files: Vec<PathBuf>,
+    /// Registries to ask before others.
+    pub mirrors: Vec<Mirror>,
+    /// Which images must be signed, and by whom.
+    pub signatures: Vec<SignaturePolicy>,
 }

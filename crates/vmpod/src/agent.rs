@@ -45,6 +45,8 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
             credentials: Credentials::from_environment(|name| std::env::var_os(name)),
             plain_http: args.plain_http.clone(),
             ca_files: args.registry_ca.clone(),
+            mirrors: args.sources.registry_mirror.clone(),
+            signatures: crate::image::signatures(&args.sources)?,
         },
         labels: BTreeMap::new(),
         taints: Vec::new(),

@@ -240,6 +240,8 @@ pub(crate) struct NodeMachines {
     /// One more certificate authority for registries, PEM (repeatable)
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) registry_ca: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) sources: Sources,
 }
 
 /// What executes the guests' instructions.
@@ -422,6 +424,7 @@ pub(crate) struct Image {
 pub(crate) enum ImageCommand {
     Import(Box<Import>),
     Export(Export),
+    Convert(Convert),
     Ls(Ls),
     Inspect(Inspect),
     Rm(Rm),
@@ -508,14 +511,56 @@ pub(crate) struct ImportFacts {
     pub(crate) label: Vec<KeyValue>,
 }
 
-/// Write an image as an OCI layout, which `vmpod image import` and other tools read.
+/// Write an image to a file or a directory that other tools read.
 #[derive(Debug, Args)]
 pub(crate) struct Export {
     /// The image
     pub(crate) image: String,
-    /// The directory to make
-    #[arg(value_hint = ValueHint::DirPath)]
+    /// The file or directory to make
+    #[arg(value_hint = ValueHint::AnyPath)]
     pub(crate) path: PathBuf,
+    /// What to write
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Target::Oci)]
+    pub(crate) format: Target,
+}
+
+/// Turn an image or a disk of one format into another.
+///
+/// FROM is an image of the store, a raw or qcow2 disk, or an OCI layout (whatever image it holds). TO is a
+/// name for `--to native`, else a file or directory.
+#[derive(Debug, Args)]
+pub(crate) struct Convert {
+    /// The image, disk or OCI layout
+    pub(crate) from: String,
+    /// The name, file or directory to make
+    pub(crate) to: String,
+    /// What to make
+    #[arg(long = "to", value_name = "FORMAT", value_enum, default_value_t = Target::Native)]
+    pub(crate) format: Target,
+    #[command(flatten)]
+    pub(crate) boot: ConvertBoot,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertBoot {
+    /// The firmware that boots a raw or qcow2 disk [default: uefi]
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub(crate) firmware: Option<Firmware>,
+}
+
+/// What an image is turned into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Target {
+    /// An image of this store, in vmpod's format
+    Native,
+    /// An OCI layout in vmpod's format
+    Oci,
+    /// An OCI layout with a containerDisk, as `KubeVirt` takes it
+    Containerdisk,
+    /// The first disk as it is
+    Raw,
+    /// The first disk as a qcow2 file
+    Qcow2,
 }
 
 /// List the images.
@@ -571,6 +616,19 @@ pub(crate) struct Pull {
     pub(crate) image: String,
     #[command(flatten)]
     pub(crate) registry: Registry,
+    #[command(flatten)]
+    pub(crate) sources: Sources,
+}
+
+/// From where images may come, and who must vouch for them.
+#[derive(Clone, Debug, Default, Args)]
+pub(crate) struct Sources {
+    /// A registry to ask before another one, REGISTRY=HOST[:PORT][/PATH] (repeatable)
+    #[arg(long, value_name = "REGISTRY=MIRROR")]
+    pub(crate) registry_mirror: Vec<vmpod_image::Mirror>,
+    /// Take images of SCOPE (a registry or the beginning of a name; * for all) only when cosign's key in FILE signed them (repeatable)
+    #[arg(long, value_name = "SCOPE=FILE", value_parser = values::key_value)]
+    pub(crate) require_signature: Vec<KeyValue>,
 }
 
 /// Send an image to a registry.
@@ -580,8 +638,35 @@ pub(crate) struct Push {
     pub(crate) image: String,
     /// The name in the registry, with its host [default: IMAGE]
     pub(crate) to: Option<String>,
+    /// What to make of it
+    #[arg(long, value_name = "FORMAT", value_enum, default_value_t = Pushed::Native)]
+    pub(crate) format: Pushed,
+    /// An annotation of the manifest, KEY=VALUE (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::key_value)]
+    pub(crate) annotation: Vec<KeyValue>,
+    /// Where the image's source is kept: annotation org.opencontainers.image.source
+    #[arg(long, value_name = "URL")]
+    pub(crate) source: Option<String>,
+    /// The revision of the source: annotation org.opencontainers.image.revision
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// Say when it was pushed: annotation org.opencontainers.image.created
+    #[arg(long)]
+    pub(crate) created: bool,
+    /// A repository of the same registry that may have the layers already
+    #[arg(long, value_name = "REPOSITORY")]
+    pub(crate) mount_from: Option<String>,
     #[command(flatten)]
     pub(crate) registry: Registry,
+}
+
+/// What an image is pushed as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Pushed {
+    /// Vmpod's format
+    Native,
+    /// A containerDisk, as `KubeVirt` takes it
+    Containerdisk,
 }
 
 #[derive(Debug, Args)]

@@ -1,13 +1,14 @@
 //! `vmpod image`: the store's verbs.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use serde::Serialize;
 use tokio::sync::watch;
 use vmpod_image::{
-    Boot, Config, Credentials, GuestConfig, Image, ImportOptions, Progress as Transfer, PullOptions, PushOptions,
-    Reference, SeedKind, Source, Store,
+    Boot, Config, Credentials, ExportFormat, GuestConfig, Image, ImportOptions, Progress as Transfer, PublicKey,
+    PullOptions, PushFormat, PushOptions, Reference, SeedKind, SignaturePolicy, Source, Store, media,
 };
 
 use crate::args::{self, Format, ImageCommand};
@@ -21,6 +22,7 @@ pub(crate) async fn run(home: &Home, command: ImageCommand) -> Result<Exit> {
     match command {
         ImageCommand::Import(args) => import(&store, *args).await?,
         ImageCommand::Export(args) => export(&store, &args).await?,
+        ImageCommand::Convert(args) => convert(&store, &args).await?,
         ImageCommand::Ls(args) => ls(&store, args.output.output)?,
         ImageCommand::Inspect(args) => inspect(&store, &args)?,
         ImageCommand::Rm(args) => rm(&store, &args)?,
@@ -143,12 +145,7 @@ async fn import(store: &Store, args: args::Import) -> Result<()> {
     let options = ImportOptions {
         os: args.facts.os.unwrap_or(defaults.os),
         architecture: args.facts.arch.unwrap_or(defaults.architecture),
-        firmware: match args.boot.firmware {
-            None => defaults.firmware,
-            Some(args::Firmware::Bios) => vmpod_image::Firmware::Bios,
-            Some(args::Firmware::Uefi) => vmpod_image::Firmware::Uefi,
-            Some(args::Firmware::Secure) => vmpod_image::Firmware::Secure,
-        },
+        firmware: firmware(args.boot.firmware, defaults.firmware),
         kernel: args.boot.kernel,
         initrd: args.boot.initrd,
         cmdline: args.boot.cmdline.unwrap_or_default(),
@@ -178,12 +175,90 @@ async fn import(store: &Store, args: args::Import) -> Result<()> {
 async fn export(store: &Store, args: &args::Export) -> Result<()> {
     let name = reference(&args.image)?;
     let image = find(store, &name)?;
-    let spinner = Progress::spinner(format!("exporting {}", short(&name)));
-    let done = vmpod_image::export_oci_layout(store, &image, &args.path, &name).await;
+    let Some(format) = file_format(args.format) else {
+        return Err(Remedy::new(
+            "an image of the store is no file",
+            format!("make one with `vmpod image convert {} NEW-NAME`", short(&name)),
+        )
+        .into());
+    };
+    write_out(store, &image, &name, &args.path, format).await
+}
+
+/// The format of a file or directory; none for an image of the store.
+fn file_format(target: args::Target) -> Option<ExportFormat> {
+    match target {
+        args::Target::Native => None,
+        args::Target::Oci => Some(ExportFormat::OciLayout),
+        args::Target::Containerdisk => Some(ExportFormat::ContainerDisk),
+        args::Target::Raw => Some(ExportFormat::Raw),
+        args::Target::Qcow2 => Some(ExportFormat::Qcow2),
+    }
+}
+
+async fn write_out(store: &Store, image: &Image, name: &Reference, path: &Path, format: ExportFormat) -> Result<()> {
+    let spinner = Progress::spinner(format!("exporting {}", short(name)));
+    let done = vmpod_image::export(store, image, path, format, name).await;
     spinner.clear();
-    done.with_context(|| format!("can't export image {} to {}", short(&name), args.path.display()))?;
-    talk(&format!("exported {} to {}", short(&name), args.path.display()));
+    done.with_context(|| format!("can't export image {} to {}", short(name), path.display()))?;
+    talk(&format!("exported {} to {}", short(name), path.display()));
     Ok(())
+}
+
+async fn convert(store: &Store, args: &args::Convert) -> Result<()> {
+    let path = Path::new(&args.from);
+    // Whoever means a file of the name of an image writes ./NAME.
+    let named = reference(&args.from).ok().and_then(|name| store.get(&name).ok().flatten().map(|image| (name, image)));
+    if let (Some((name, image)), None) = (&named, file_format(args.format)) {
+        let to = reference(&args.to)?;
+        let made = vmpod_image::convert(store, image, &to).await;
+        let made = made.with_context(|| format!("can't convert image {}", short(name)))?;
+        return output::data(&format!("{}\n", made.digest));
+    }
+    if let (Some((name, image)), Some(format)) = (&named, file_format(args.format)) {
+        return write_out(store, image, name, Path::new(&args.to), format).await;
+    }
+    if !path.exists() {
+        return Err(match reference(&args.from) {
+            Ok(name) => missing(store, &name),
+            Err(error) => error,
+        });
+    }
+    let source = Source::detect(path).with_context(|| format!("can't tell what {} is", path.display()))?;
+    let options = ImportOptions {
+        firmware: firmware(args.boot.firmware, ImportOptions::default().firmware),
+        ..ImportOptions::default()
+    };
+    let Some(format) = file_format(args.format) else {
+        let to = reference(&args.to)?;
+        let image = vmpod_image::import(store, source, &to, options).await;
+        let image = image.with_context(|| format!("can't import {}", path.display()))?;
+        let image = vmpod_image::convert(store, &image, &to).await?;
+        return output::data(&format!("{}\n", image.digest));
+    };
+    // Through a store of its own beside the target: what isn't asked for mustn't stay in this one.
+    let to = Path::new(&args.to);
+    let dir = to.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let scratch = tempfile::Builder::new()
+        .prefix(".vmpod-convert-")
+        .tempdir_in(dir)
+        .with_context(|| format!("can't make a directory in {}", dir.display()))?;
+    let between = Store::open(scratch.path())?;
+    let name = reference("converted")?;
+    let (meter, drawn) = draw(format!("reading {}", path.display()));
+    let options = ImportOptions { progress: Some(meter), ..options };
+    let image = drawn.until(vmpod_image::import(&between, source, &name, options)).await;
+    let image = image.with_context(|| format!("can't read {}", path.display()))?;
+    write_out(&between, &image, &name, to, format).await
+}
+
+fn firmware(asked: Option<args::Firmware>, usual: vmpod_image::Firmware) -> vmpod_image::Firmware {
+    match asked {
+        None => usual,
+        Some(args::Firmware::Bios) => vmpod_image::Firmware::Bios,
+        Some(args::Firmware::Uefi) => vmpod_image::Firmware::Uefi,
+        Some(args::Firmware::Secure) => vmpod_image::Firmware::Secure,
+    }
 }
 
 /// One image as `-o json` tells it.
@@ -345,6 +420,8 @@ async fn pull(store: &Store, args: &args::Pull) -> Result<()> {
         credentials: credentials(&args.registry)?,
         plain_http: plain_http(&args.registry, &name),
         ca_files: args.registry.ca.iter().cloned().collect(),
+        mirrors: args.sources.registry_mirror.clone(),
+        signatures: signatures(&args.sources)?,
         progress: Some(meter),
         ..PullOptions::default()
     };
@@ -365,8 +442,20 @@ async fn push(store: &Store, args: &args::Push) -> Result<()> {
         )
         .into());
     }
+    let mut annotations: BTreeMap<String, String> =
+        args.annotation.iter().map(|pair| (pair.key.clone(), pair.value.clone())).collect();
+    let created = args.created.then(|| jiff::Timestamp::now().to_string());
+    let known =
+        [(media::OCI_SOURCE, &args.source), (media::OCI_REVISION, &args.revision), (media::OCI_CREATED, &created)];
+    annotations.extend(known.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value.clone()?))));
     let (meter, drawn) = draw(format!("pushing {to}"));
     let options = PushOptions {
+        format: match args.format {
+            args::Pushed::Native => PushFormat::Native,
+            args::Pushed::Containerdisk => PushFormat::ContainerDisk,
+        },
+        annotations,
+        mount_from: args.mount_from.clone(),
         credentials: credentials(&args.registry)?,
         plain_http: plain_http(&args.registry, &to),
         ca_files: args.registry.ca.iter().cloned().collect(),
@@ -377,6 +466,15 @@ async fn push(store: &Store, args: &args::Push) -> Result<()> {
     let digest = digest.with_context(|| format!("can't push image {} as {to}", short(&from)))?;
     talk(&format!("pushed {to}"));
     output::data(&format!("{digest}\n"))
+}
+
+/// The policy that a command line names.
+pub(crate) fn signatures(sources: &args::Sources) -> Result<Vec<SignaturePolicy>> {
+    let policy = |pair: &args::KeyValue| {
+        let scope = if pair.key == "*" { String::new() } else { pair.key.clone() };
+        Ok(SignaturePolicy { scope, key: PublicKey::read(Path::new(&pair.value))? })
+    };
+    sources.require_signature.iter().map(policy).collect()
 }
 
 fn credentials(registry: &args::Registry) -> Result<Credentials> {

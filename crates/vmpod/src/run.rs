@@ -72,6 +72,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         qemu: args.qemu.clone(),
         plain_http: Vec::new(),
         registry_ca: Vec::new(),
+        sources: args::Sources::default(),
     };
     let spinner = progress(args, "starting");
     let starting = Stack::start(Plan {

@@ -31,7 +31,7 @@ const START: Duration = Duration::from_mins(5);
 pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     let rounds = if quick { 3 } else { 10 };
     let pods_for_memory = if quick { 0 } else { 4 };
-    let program = program.map_or_else(|| build(root), Ok)?;
+    let program = program.map_or_else(|| super::build(root), Ok)?;
     let program = fs::canonicalize(&program).with_context(|| format!("no program {}", program.display()))?;
     let guest = root.join("target/guest/tiny.oci");
     ensure!(guest.is_dir(), "{} is missing: run `make guest` first", guest.display());
@@ -302,18 +302,6 @@ fn path(path: &Path) -> Result<&str> {
 
 fn ready_line(log: &Path) -> bool {
     fs::read_to_string(log).is_ok_and(|text| text.contains("ready"))
-}
-
-/// Builds vmpod as users get it.
-fn build(root: &Path) -> Result<PathBuf> {
-    crate::say("building vmpod (release)");
-    let status = Command::new("cargo")
-        .args(["build", "--release", "--locked", "--package", "vmpod"])
-        .current_dir(root)
-        .status()
-        .context("cargo did not start")?;
-    ensure!(status.success(), "vmpod did not build");
-    Ok(root.join("target/release/vmpod"))
 }
 
 /// What pod is made.

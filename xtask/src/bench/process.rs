@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::{Pid, Signal, kill_process};
 
+/// The unit of times in /proc, per second: the same on every Linux.
+const TICKS: f64 = 100.0;
+
 /// A process that is killed when the benchmark lets go of it.
 pub(crate) struct Owned {
     child: Child,
@@ -92,6 +95,21 @@ pub(crate) fn memory_in(dir: &Path, program: &str) -> Result<(f64, f64)> {
         Ok(kib / 1024.0)
     };
     Ok((mib("Rss:")?, mib("Pss:")?))
+}
+
+/// The processor seconds that a process has used, and the most memory that it had resident, in MiB.
+pub(crate) fn used(pid: u32) -> Result<(f64, f64)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name may hold spaces; what follows it doesn't.
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let peak: f64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
+        .with_context(|| format!("process {pid} has no VmHWM"))?;
+    Ok(((ticks(11) + ticks(12)) / TICKS, peak / 1024.0))
 }
 
 /// The command line of the process whose working directory is `dir` and whose program is called like `program`.

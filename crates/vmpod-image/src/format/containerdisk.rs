@@ -16,9 +16,9 @@ use crate::media;
 /// The format's name.
 pub(crate) const NAME: &str = "containerdisk";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-const LABEL_OS: &str = "dev.vmpod.os";
-const LABEL_FIRMWARE: &str = "dev.vmpod.firmware";
-const LABEL_USER: &str = "dev.vmpod.guest.user";
+pub(crate) const LABEL_OS: &str = "dev.vmpod.os";
+pub(crate) const LABEL_FIRMWARE: &str = "dev.vmpod.firmware";
+pub(crate) const LABEL_USER: &str = "dev.vmpod.guest.user";
 /// A container image has dozens of layers, no more.
 const MOST_LAYERS: usize = 512;
 

@@ -63,6 +63,7 @@ pub(crate) fn manifest(config: &[u8], layers: Vec<Descriptor>, annotations: BTre
         artifact_type: Some(media::ARTIFACT.to_owned()),
         config: Descriptor::new(media::CONFIG, Digest::of(config), config.len() as u64),
         layers,
+        subject: None,
         annotations,
     }
 }

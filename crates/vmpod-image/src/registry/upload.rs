@@ -1,13 +1,17 @@
 //! Writing to a repository.
 
+use std::fs::File;
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{Method, StatusCode, header};
 use reqwest::Response;
 use reqwest::Url;
 
 use super::Repository;
-use crate::blobs::{BlobError, BlobErrorKind};
+use crate::blobs::{BlobError, BlobErrorKind, Retry};
 use crate::digest::Digest;
+use crate::push::read_range;
 
 /// A blob larger than this goes up in parts, and goes on with the part that failed.
 const PART: usize = 16 << 20;
@@ -53,25 +57,88 @@ impl Repository {
         let mut sent = 0;
         while bytes.len() > PART && !rest.is_empty() {
             let part = rest.split_to(rest.len().min(PART));
-            let range = format!("{sent}-{}", sent + part.len() - 1);
-            sent += part.len();
-            let response = self
-                .send(Method::PATCH, at.as_str(), |request| {
-                    request
-                        .header(header::CONTENT_TYPE, "application/octet-stream")
-                        .header(header::CONTENT_RANGE, &range)
-                        .body(part.clone())
-                })
-                .await?;
-            at = self.location(&self.check(response, &what).await?)?;
+            let length = part.len() as u64;
+            at = self.patch(&at, sent, part, &what).await?;
+            sent += length;
         }
+        self.finish_upload(at, digest, rest).await
+    }
+
+    /// Sends a file to where an upload was begun, in parts. A part that fails is sent again from where the registry has it; `sent` is
+    /// told the bytes as they go.
+    pub(crate) async fn upload_file(
+        &self,
+        mut at: Url,
+        digest: Digest,
+        (file, size): (&Arc<File>, u64),
+        retry: Retry,
+        sent: impl Fn(u64),
+    ) -> Result<(), BlobError> {
+        let what = format!("an upload of {digest}");
+        let (mut done, mut told, mut failures) = (0, 0, 0);
+        while done < size {
+            let length = (size - done).min(PART as u64);
+            let (from, start) = (Arc::clone(file), done);
+            let part = tokio::task::spawn_blocking(move || read_range(&from, start, length))
+                .await
+                .map_err(std::io::Error::other)
+                .and_then(|part| part)
+                .map_err(|error| BlobError::caused(BlobErrorKind::Fatal, format!("couldn't read {digest}"), error))?;
+            match self.patch(&at, done, Bytes::from(part), &what).await {
+                Ok(next) => {
+                    (at, done, failures) = (next, done + length, 0);
+                    if done > told {
+                        sent(done - told);
+                        told = done;
+                    }
+                }
+                Err(error) => {
+                    failures += 1;
+                    let BlobErrorKind::Transient(asked) = error.kind else { return Err(error) };
+                    let Some(wait) = retry.wait(failures, asked, 0) else { return Err(error) };
+                    tracing::debug!(%digest, failures, ?wait, %error, "sending again");
+                    tokio::time::sleep(wait).await;
+                    // How much of the part arrived only the registry knows; when it doesn't say, the part is sent again.
+                    if let Ok((next, have)) = self.upload_status(&at, &what).await {
+                        (at, done) = (next, have.min(size));
+                    }
+                }
+            }
+        }
+        self.finish_upload(at, digest, Bytes::new()).await
+    }
+
+    async fn patch(&self, at: &Url, start: u64, part: Bytes, what: &str) -> Result<Url, BlobError> {
+        let range = format!("{start}-{}", start + (part.len() as u64).saturating_sub(1));
+        let response = self
+            .send(Method::PATCH, at.as_str(), |request| {
+                request
+                    .header(header::CONTENT_TYPE, "application/octet-stream")
+                    .header(header::CONTENT_RANGE, &range)
+                    .body(part.clone())
+            })
+            .await?;
+        self.location(&self.check(response, what).await?)
+    }
+
+    /// Where an upload goes on, and how many bytes of it are there.
+    async fn upload_status(&self, at: &Url, what: &str) -> Result<(Url, u64), BlobError> {
+        let response = self.send(Method::GET, at.as_str(), |request| request).await?;
+        let response = self.check(response, what).await?;
+        let range = response.headers().get(header::RANGE).and_then(|value| value.to_str().ok());
+        // `0-N`, both included. Nothing at all is `0-0` by custom, and one byte is no part that was ever sent.
+        let end: u64 = range.and_then(|range| range.rsplit_once('-')?.1.parse().ok()).unwrap_or(0);
+        Ok((self.location(&response)?, if end == 0 { 0 } else { end + 1 }))
+    }
+
+    async fn finish_upload(&self, mut at: Url, digest: Digest, rest: Bytes) -> Result<(), BlobError> {
         at.query_pairs_mut().append_pair("digest", &digest.to_string());
         let response = self
             .send(Method::PUT, at.as_str(), |request| {
                 request.header(header::CONTENT_TYPE, "application/octet-stream").body(rest.clone())
             })
             .await?;
-        self.check(response, &what).await.map(|_| ())
+        self.check(response, &format!("an upload of {digest}")).await.map(|_| ())
     }
 
     /// Writes a manifest under a tag or digest.

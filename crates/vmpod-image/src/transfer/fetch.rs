@@ -43,6 +43,11 @@ impl Fetcher {
         self.blobs.place()
     }
 
+    /// Says that what came for `digest` wasn't it.
+    pub(crate) fn distrust(&self, digest: Digest) {
+        self.blobs.distrust(digest);
+    }
+
     /// All bytes of `blob` from `start` up to `end`, at most [`SEGMENT`].
     pub(crate) async fn segment(&self, blob: Blob, start: u64, end: u64) -> Result<Piece, BlobError> {
         let size = usize::try_from(end.saturating_sub(start)).unwrap_or(usize::MAX);

@@ -2,7 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod container_disk;
 mod script;
+mod sources;
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt as _;

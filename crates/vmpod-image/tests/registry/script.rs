@@ -160,6 +160,22 @@ impl Registry {
         self.lock().manifests[&(repository.to_owned(), version.to_owned())].to_vec()
     }
 
+    pub(crate) fn put_blob(&self, repository: &str, bytes: Vec<u8>) -> Digest {
+        let digest = Digest::of(&bytes);
+        self.lock().blobs.insert((repository.to_owned(), digest.to_string()), bytes.into());
+        digest
+    }
+
+    /// Takes everything of this registry over from another.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        let (blobs, manifests) = {
+            let other = other.lock();
+            (other.blobs.clone(), other.manifests.clone())
+        };
+        let mut inner = self.lock();
+        (inner.blobs, inner.manifests) = (blobs, manifests);
+    }
+
     pub(crate) fn put_manifest(&self, repository: &str, tag: &str, bytes: Vec<u8>) {
         let digest = Digest::of(&bytes).to_string();
         self.put_manifest_as(repository, &digest, bytes.clone());
@@ -318,6 +334,16 @@ async fn uploads(
         return Response::builder().status(202).header(header::LOCATION, at).body(Body::empty()).unwrap();
     }
     let Some(have) = inner.uploads.get_mut(upload) else { return answer(StatusCode::NOT_FOUND) };
+    if *method == Method::GET {
+        let at = format!("/v2/{repository}/blobs/uploads/{upload}?state=z");
+        let range = format!("0-{}", have.len().saturating_sub(1));
+        return Response::builder()
+            .status(204)
+            .header(header::LOCATION, at)
+            .header(header::RANGE, range)
+            .body(Body::empty())
+            .unwrap();
+    }
     have.extend_from_slice(&bytes);
     if *method == Method::PATCH {
         inner.patches += 1;
