@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::Write as _;
-use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -71,7 +70,7 @@ pub async fn export(
     tokio::task::spawn_blocking(move || match format {
         ExportFormat::OciLayout => layout(&store, &image, &path, &tag),
         ExportFormat::ContainerDisk => container_disk(&store, &image, &path, &tag),
-        ExportFormat::Raw => disk_file(&store, &image, &path, copy_sparse),
+        ExportFormat::Raw => disk_file(&store, &image, &path, files::copy_sparse),
         ExportFormat::Qcow2 => disk_file(&store, &image, &path, write_qcow2),
     })
     .await
@@ -186,30 +185,6 @@ impl Scratch {
         files::sync_file(&from)?;
         self.path.persist(to).map_err(|error| io("put in place", to)(error.error))
     }
-}
-
-fn copy_sparse(from: &Path, to: &Path) -> Result<(), StoreError> {
-    files::remove_file(to)?;
-    if reflink_copy::reflink(from, to).is_ok() {
-        return Ok(());
-    }
-    let source = File::open(from).map_err(io("open", from))?;
-    let size = source.metadata().map_err(io("read", from))?.len();
-    let target = File::create(to).map_err(io("make", to))?;
-    target.set_len(size).map_err(io("set the size of", to))?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    while let Some((start, end)) = files::next_data(&source, at, size).map_err(io("read", from))? {
-        let mut here = start;
-        while here < end {
-            let step = usize::try_from(end - here).unwrap_or(usize::MAX).min(buffer.len());
-            source.read_exact_at(&mut buffer[..step], here).map_err(io("read", from))?;
-            files::write_sparse(&target, here, &buffer[..step]).map_err(io("write", to))?;
-            here += step as u64;
-        }
-        at = end;
-    }
-    Ok(())
 }
 
 fn write_qcow2(from: &Path, to: &Path) -> Result<(), StoreError> {

@@ -345,7 +345,7 @@ fn import_into(
     Ok(image)
 }
 
-fn ingest(
+pub(crate) fn ingest(
     path: &Path,
     disk: &Disk,
     size: u64,

@@ -41,7 +41,7 @@ impl Disk {
     fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
         match self {
             Self::Raw { file, size } => Ok(files::next_data(file, offset, *size)?.map(|(start, _)| start)),
-            Self::Qcow2(disk) => Ok(disk.next_data(offset)),
+            Self::Qcow2(disk) => disk.next_data(offset),
         }
     }
 

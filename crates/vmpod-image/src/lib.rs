@@ -11,6 +11,7 @@
 //! verified.
 
 mod blobs;
+mod capture;
 mod clone;
 mod config;
 mod containerdisk;
@@ -39,6 +40,7 @@ mod transfer;
 
 pub use blobs::{BlobError, Retry};
 pub use clone::clone_disk;
+pub use capture::{CaptureError, CaptureOptions, CapturedDisk, DiskCopies, capture};
 pub use config::{
     Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind, UnknownName,
 };
@@ -57,5 +59,5 @@ pub use qcow2::Qcow2Error;
 pub use reference::{Reference, ReferenceError};
 pub use registry::{RegistryError, install_crypto_provider};
 pub use signature::{PublicKey, SignatureError, SignaturePolicy};
-pub use store::{Damage, Holder, Prune, Pruned, Store, StoreError};
+pub use store::{Damage, FileSystem, Holder, Prune, Pruned, Store, StoreError};
 pub use transfer::TransferError;

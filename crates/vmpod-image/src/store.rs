@@ -48,7 +48,7 @@ mod verify;
 pub(crate) mod work;
 
 use files::Lock;
-pub use prune::{Prune, Pruned};
+pub use prune::{FileSystem, Prune, Pruned};
 use record::{Record, read_json, write_json};
 pub use verify::Damage;
 

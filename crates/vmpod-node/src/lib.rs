@@ -18,10 +18,12 @@ mod env;
 mod events;
 mod holders;
 mod host;
+mod image_gc;
 mod image_pull;
 pub mod logs;
 mod node;
 mod options;
+mod plain;
 mod plan;
 mod pod;
 mod quantity;
@@ -39,8 +41,10 @@ mod worker;
 mod world;
 
 pub use holders::{holder_scope, release_all};
+pub use image_gc::{ImageGc, ImageRoom};
 pub use node::{Node, NodeError};
 pub use options::{Capacity, Kubelet, MachineDefaults, Options, Registries};
+pub use plain::{PlainMachine, plain_machine};
 pub use record::RecordError;
 
 /// How long a single request to the API may take.

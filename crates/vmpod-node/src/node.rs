@@ -26,6 +26,7 @@ use crate::{
     events::{Events, Kind},
     holders,
     host::Host,
+    image_gc::{self, ImageGc, ImageRoom},
     limited,
     plan::MachineSeen,
     pod::{PodUid, Requests},
@@ -78,6 +79,8 @@ pub struct Node {
     /// Machines that no pod has any more, by the UID of the pod that had them; cancelled when they are gone.
     removing: HashMap<PodUid, CancellationToken>,
     ready: watch::Sender<bool>,
+    image_gc: ImageGc,
+    image_room: watch::Sender<ImageRoom>,
 }
 
 impl Drop for Node {
@@ -185,6 +188,8 @@ impl Node {
         });
         Ok(Self {
             world,
+            image_gc: options.image_gc,
+            image_room: watch::channel(ImageRoom::default()).0,
             profile,
             listener,
             keep_vms: options.keep_vms,
@@ -211,6 +216,12 @@ impl Node {
     #[must_use]
     pub fn runtime(&self) -> Arc<dyn Runtime> {
         Arc::new(Agent { world: Arc::clone(&self.world) })
+    }
+
+    /// Whether images leave too little room: what the last look found.
+    #[must_use]
+    pub fn image_room(&self) -> watch::Receiver<ImageRoom> {
+        self.image_room.subscribe()
     }
 
     /// Works until `stop` is cancelled, then stops the pods' machines unless they are to be kept.
@@ -254,6 +265,7 @@ impl Node {
         ));
         tasks.spawn(registration::keep_lease(world.client.clone(), registered));
         tasks.spawn(snapshots::keep(Arc::clone(&world)));
+        tasks.spawn(image_gc::run(world.store.clone(), self.image_gc, self.image_room.clone()));
         let (changes, mut pods) = mpsc::channel(64);
         let (client, name) = (world.client.clone(), world.name.clone());
         tasks.spawn(async move { source::run(client, &name, changes).await });

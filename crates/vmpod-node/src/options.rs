@@ -12,6 +12,8 @@ use k8s_openapi::api::core::v1::Taint;
 use vmpod_image::{Credentials, Mirror, SignaturePolicy, Store};
 use vmpod_machine::{Accel, Machines, Memory};
 
+use crate::image_gc::ImageGc;
+
 /// Everything [`Node::open`](crate::Node::open) needs.
 pub struct Options {
     /// The Node's name; also the value of its hostname label.
@@ -36,6 +38,10 @@ pub struct Options {
     pub defaults: MachineDefaults,
     /// How registries are reached.
     pub registries: Registries,
+    /// How many images are kept.
+    pub image_gc: ImageGc,
+    /// Images to have before any pod asks for them.
+    pub prefetch: Vec<String>,
     /// Labels set on the Node besides the usual ones.
     pub labels: BTreeMap<String, String>,
     /// Taints set when the Node is first made.

@@ -48,6 +48,13 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
             mirrors: args.sources.registry_mirror.clone(),
             signatures: crate::image::signatures(&args.sources)?,
         },
+        image_gc: vmpod_node::ImageGc {
+            high_percent: args.images.image_gc_high,
+            low_percent: args.images.image_gc_low.min(args.images.image_gc_high),
+            budget: args.images.image_budget.as_ref().map(|size| size.bytes),
+            ..vmpod_node::ImageGc::default()
+        },
+        prefetch: args.images.prefetch.clone(),
         labels: BTreeMap::new(),
         taints: Vec::new(),
         keep_vms: args.keep_vms,
@@ -68,7 +75,7 @@ pub(crate) fn qemu(args: &args::Qemu) -> Qemu {
 }
 
 /// What executes the guests: what was asked for, else the fastest that works here.
-async fn accel(home: &Home, qemu: &Qemu, asked: Option<Accel>) -> vmpod_machine::Accel {
+pub(crate) async fn accel(home: &Home, qemu: &Qemu, asked: Option<Accel>) -> vmpod_machine::Accel {
     match asked {
         Some(Accel::Kvm) => return vmpod_machine::Accel::Kvm,
         Some(Accel::Hvf) => return vmpod_machine::Accel::Hvf,

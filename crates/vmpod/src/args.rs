@@ -4,7 +4,7 @@
 //! as a diff.
 
 mod gitlab_executor;
-mod values;
+pub(crate) mod values;
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -242,6 +242,31 @@ pub(crate) struct NodeMachines {
     pub(crate) registry_ca: Vec<PathBuf>,
     #[command(flatten)]
     pub(crate) sources: Sources,
+    #[command(flatten)]
+    pub(crate) images: NodeImages,
+}
+
+/// Which images the node keeps.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct NodeImages {
+    /// The most room that images take, such as 200Gi; the longest unused go first [default: no limit]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) image_budget: Option<Size>,
+    /// Images that nobody uses are removed when so many percent of their file system are used
+    #[arg(long, value_name = "PERCENT", default_value_t = 85, value_parser = clap::value_parser!(u8).range(1..=100))]
+    pub(crate) image_gc_high: u8,
+    /// And until no more than so many percent are
+    #[arg(long, value_name = "PERCENT", default_value_t = 80, value_parser = clap::value_parser!(u8).range(0..=100))]
+    pub(crate) image_gc_low: u8,
+    /// An image to have before any pod asks for it (repeatable)
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) prefetch: Vec<String>,
+}
+
+impl Default for NodeImages {
+    fn default() -> Self {
+        Self { image_budget: None, image_gc_high: 85, image_gc_low: 80, prefetch: Vec::new() }
+    }
 }
 
 /// What executes the guests' instructions.
@@ -423,6 +448,8 @@ pub(crate) struct Image {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ImageCommand {
     Import(Box<Import>),
+    Build(Box<Build>),
+    Commit(Commit),
     Export(Export),
     Convert(Convert),
     Ls(Ls),
@@ -506,6 +533,48 @@ pub(crate) struct ImportFacts {
     /// The least memory that it works with, such as 512Mi
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) min_memory: Option<Size>,
+    /// A label, KEY=VALUE (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = values::key_value)]
+    pub(crate) label: Vec<KeyValue>,
+}
+
+/// Make an image of another one: boot it, do what a file says, seal it.
+///
+/// FILE is YAML: `from:` names the image to begin from, `steps:` what to do in its guest (copy, run, script, ansible),
+/// `seal:` what is wiped at the end. Nothing is left of the machine, and there is no image unless every step succeeded.
+#[derive(Debug, Args)]
+pub(crate) struct Build {
+    /// The recipe
+    #[arg(value_hint = ValueHint::FilePath)]
+    pub(crate) file: PathBuf,
+    /// The new image's name
+    pub(crate) name: String,
+    /// What executes the guest [default: KVM or Hypervisor.framework where it works, else software]
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub(crate) accel: Option<Accel>,
+    #[command(flatten)]
+    pub(crate) qemu: Qemu,
+    #[command(flatten)]
+    pub(crate) registry: Registry,
+    #[command(flatten)]
+    pub(crate) sources: Sources,
+}
+
+/// Make an image of a pod's machine while it runs on this host.
+///
+/// The guest's file systems are frozen while its disk is copied. The image keeps the machine's identity (its
+/// machine-id, its SSH host keys): `vmpod image build` makes images for many machines.
+#[derive(Debug, Args)]
+pub(crate) struct Commit {
+    /// The pod
+    pub(crate) pod: String,
+    /// The new image's name
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) namespace: Namespace,
+    /// Copy the disk as it is, as after a power failure
+    #[arg(long)]
+    pub(crate) no_freeze: bool,
     /// A label, KEY=VALUE (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = values::key_value)]
     pub(crate) label: Vec<KeyValue>,

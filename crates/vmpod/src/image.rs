@@ -18,9 +18,14 @@ use crate::report::{Exit, Remedy};
 
 /// Runs one verb.
 pub(crate) async fn run(home: &Home, command: ImageCommand) -> Result<Exit> {
+    if let ImageCommand::Build(args) = command {
+        return Box::pin(crate::build::run(home, *args)).await;
+    }
     let store = open(home)?;
     match command {
         ImageCommand::Import(args) => import(&store, *args).await?,
+        ImageCommand::Build(_) => {}
+        ImageCommand::Commit(args) => crate::commit::run(home, &store, &args).await?,
         ImageCommand::Export(args) => export(&store, &args).await?,
         ImageCommand::Convert(args) => convert(&store, &args).await?,
         ImageCommand::Ls(args) => ls(&store, args.output.output)?,
@@ -397,6 +402,7 @@ fn prune(store: &Store, args: &args::Prune) -> Result<()> {
         unfinished: true,
         unused: args.unused,
         down_to: args.down_to.as_ref().map(|size| size.bytes),
+        ..vmpod_image::Prune::default()
     };
     let pruned = store.prune(what).context("can't prune the store")?;
     for digest in &pruned.images {
@@ -415,20 +421,31 @@ async fn pull(store: &Store, args: &args::Pull) -> Result<()> {
         )
         .into());
     }
+    let image = fetch(store, &name, &args.registry, &args.sources).await?;
+    output::data(&format!("{}\n", image.digest))
+}
+
+/// Pulls an image and draws it.
+pub(crate) async fn fetch(
+    store: &Store,
+    name: &Reference,
+    registry: &args::Registry,
+    sources: &args::Sources,
+) -> Result<Image> {
     let (meter, drawn) = draw(format!("pulling {name}"));
     let options = PullOptions {
-        credentials: credentials(&args.registry)?,
-        plain_http: plain_http(&args.registry, &name),
-        ca_files: args.registry.ca.iter().cloned().collect(),
-        mirrors: args.sources.registry_mirror.clone(),
-        signatures: signatures(&args.sources)?,
+        credentials: credentials(registry)?,
+        plain_http: plain_http(registry, name),
+        ca_files: registry.ca.iter().cloned().collect(),
+        mirrors: sources.registry_mirror.clone(),
+        signatures: signatures(sources)?,
         progress: Some(meter),
         ..PullOptions::default()
     };
-    let image = drawn.until(vmpod_image::pull(store, &name, options)).await;
+    let image = drawn.until(vmpod_image::pull(store, name, options)).await;
     let image = image.with_context(|| format!("can't pull image {name}"))?;
     talk(&format!("pulled {name} ({})", output::bytes(image.transfer_bytes)));
-    output::data(&format!("{}\n", image.digest))
+    Ok(image)
 }
 
 async fn push(store: &Store, args: &args::Push) -> Result<()> {
@@ -495,21 +512,21 @@ fn plain_http(registry: &args::Registry, name: &Reference) -> Vec<String> {
 }
 
 /// A transfer that is being drawn.
-struct Drawn {
+pub(crate) struct Drawn {
     progress: Progress,
     transfer: watch::Receiver<Transfer>,
     what: String,
 }
 
 /// Draws a transfer on a terminal.
-fn draw(what: String) -> (watch::Sender<Transfer>, Drawn) {
+pub(crate) fn draw(what: String) -> (watch::Sender<Transfer>, Drawn) {
     let (sender, transfer) = watch::channel(Transfer::default());
     (sender, Drawn { progress: Progress::spinner(what.clone()), transfer, what })
 }
 
 impl Drawn {
     /// Draws until `work` is over; returns its result.
-    async fn until<T>(mut self, work: impl Future<Output = T>) -> T {
+    pub(crate) async fn until<T>(mut self, work: impl Future<Output = T>) -> T {
         let mut work = std::pin::pin!(work);
         loop {
             tokio::select! {

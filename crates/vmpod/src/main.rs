@@ -2,7 +2,9 @@
 
 mod agent;
 mod args;
+mod build;
 mod client;
+mod commit;
 mod controller;
 mod doctor;
 mod exec;

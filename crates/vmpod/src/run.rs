@@ -73,6 +73,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         plain_http: Vec::new(),
         registry_ca: Vec::new(),
         sources: args::Sources::default(),
+        images: args::NodeImages::default(),
     };
     let spinner = progress(args, "starting");
     let starting = Stack::start(Plan {
@@ -378,7 +379,7 @@ fn default_name(repository: &str, suffix: &str) -> String {
 }
 
 /// Random letters that make no words, as Kubernetes chooses them.
-fn letters(n: usize) -> String {
+pub(crate) fn letters(n: usize) -> String {
     const LETTERS: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
     (0..n).map(|_| char::from(LETTERS[usize::from(rand::random::<u16>()) % LETTERS.len()])).collect()
 }

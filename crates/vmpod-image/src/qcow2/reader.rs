@@ -1,6 +1,6 @@
-//! Reading a qcow2 file that stands alone.
+//! Reading a qcow2 file that stands alone, or an overlay of our own.
 //!
-//! A file that names another one (a backing file or an external data file) is refused: an image from elsewhere must not make this
+//! A file from elsewhere that names another one (a backing file or an external data file) is refused: an image from elsewhere must not make this
 //! host read its own files.
 
 use std::collections::HashMap;
@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt as _;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::MAGIC;
+use crate::store::files;
 
 const L1_LARGEST: u64 = 32 << 20;
 const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
@@ -63,6 +64,8 @@ pub(crate) struct Qcow2 {
     zstd: bool,
     extended: bool,
     version: u32,
+    /// What an overlay lies upon, and its size.
+    base: Option<(File, u64)>,
     tables: Mutex<HashMap<u64, Arc<Vec<u64>>>>,
 }
 
@@ -70,13 +73,28 @@ pub(crate) struct Qcow2 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Piece {
     Zero,
+    /// What the file says nothing about: zero, or what the base has there.
+    Absent,
     At(u64),
-    Compressed { offset: u64, size: usize },
+    Compressed {
+        offset: u64,
+        size: usize,
+    },
 }
 
 impl Qcow2 {
-    /// Reads the header and the first-level table.
+    /// Reads the header and the first-level table of a file that stands alone.
     pub(crate) fn open(file: File) -> Result<Self, Qcow2Error> {
+        Self::open_with(file, None)
+    }
+
+    /// The same for an overlay of our own. It lies upon `base`, a raw disk, whatever it says itself.
+    pub(crate) fn open_over(file: File, base: File) -> Result<Self, Qcow2Error> {
+        let size = base.metadata()?.len();
+        Self::open_with(file, Some((base, size)))
+    }
+
+    fn open_with(file: File, base: Option<(File, u64)>) -> Result<Self, Qcow2Error> {
         let mut header = [0; 112];
         let have = read_up_to(&file, &mut header, 0)?;
         if have < 72 || header[..4] != MAGIC {
@@ -88,7 +106,7 @@ impl Qcow2 {
         if version != 2 && version != 3 {
             return Err(Qcow2Error::Version(version));
         }
-        if be64(8) != 0 {
+        if be64(8) != 0 && base.is_none() {
             let mut name = vec![0; usize::try_from(be32(16)).unwrap_or(0).min(1023)];
             let length = read_up_to(&file, &mut name, be64(8)).unwrap_or(0);
             return Err(Qcow2Error::Backing(String::from_utf8_lossy(&name[..length]).into_owned()));
@@ -129,7 +147,8 @@ impl Qcow2 {
             return Err(Qcow2Error::Header("the first-level table doesn't fit the disk"));
         }
         let l1 = read_table(&file, l1_offset, usize::try_from(l1_size).unwrap_or(0))?;
-        Ok(Self { file, size, cluster_bits, l1, zstd: compression == 1, extended, version, tables: Mutex::default() })
+        let zstd = compression == 1;
+        Ok(Self { file, size, cluster_bits, l1, zstd, extended, version, base, tables: Mutex::default() })
     }
 
     /// The disk's size in bytes.
@@ -143,7 +162,14 @@ impl Qcow2 {
     }
 
     /// The first offset at or after `offset` that may hold data; none if there is none.
-    pub(crate) fn next_data(&self, offset: u64) -> Option<u64> {
+    pub(crate) fn next_data(&self, offset: u64) -> io::Result<Option<u64>> {
+        let own = self.next_own_data(offset);
+        let Some((base, size)) = &self.base else { return Ok(own) };
+        let below = files::next_data(base, offset, (*size).min(self.size))?.map(|(start, _)| start);
+        Ok([own, below].into_iter().flatten().min())
+    }
+
+    fn next_own_data(&self, offset: u64) -> Option<u64> {
         let covers = self.table_covers();
         let mut at = offset;
         while at < self.size {
@@ -169,6 +195,13 @@ impl Qcow2 {
             let part = &mut buffer[at..at + step];
             match self.piece(here)? {
                 Piece::Zero => {}
+                Piece::Absent => {
+                    if let Some((base, size)) = self.base.as_ref().filter(|(_, size)| here < *size) {
+                        any = true;
+                        let within = usize::try_from(size - here).unwrap_or(usize::MAX).min(part.len());
+                        read_up_to(base, &mut part[..within], here)?;
+                    }
+                }
                 Piece::At(host) => {
                     any = true;
                     // The last cluster of a file may be cut: the rest is zero.
@@ -193,7 +226,7 @@ impl Qcow2 {
         let index = |value: u64| usize::try_from(value).map_err(|_| damaged());
         let l1 = *self.l1.get(index(offset / covers)?).ok_or_else(damaged)? & OFFSET_MASK;
         if l1 == 0 {
-            return Ok(Piece::Zero);
+            return Ok(Piece::Absent);
         }
         let table = self.table(l1)?;
         let cluster = 1u64 << self.cluster_bits;
@@ -210,11 +243,18 @@ impl Qcow2 {
         if self.extended {
             let bit = within / (cluster / 32);
             let bitmap = table[slot * 2 + 1];
-            let allocated = bitmap >> bit & 1 == 1;
-            return Ok(if allocated && host != 0 { Piece::At(host + within) } else { Piece::Zero });
+            let (allocated, zero) = (bitmap >> bit & 1 == 1, bitmap >> (32 + bit) & 1 == 1);
+            return Ok(match (allocated && host != 0, zero) {
+                (true, _) => Piece::At(host + within),
+                (false, true) => Piece::Zero,
+                (false, false) => Piece::Absent,
+            });
         }
-        if host == 0 || (self.version >= 3 && entry & ALL_ZERO != 0) {
+        if self.version >= 3 && entry & ALL_ZERO != 0 {
             return Ok(Piece::Zero);
+        }
+        if host == 0 {
+            return Ok(Piece::Absent);
         }
         Ok(Piece::At(host + within))
     }
@@ -339,7 +379,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         qemu_img(&["create", "-f", "qcow2", "a.qcow2", "40G"], dir.path());
         let disk = Qcow2::open(File::open(dir.path().join("a.qcow2")).unwrap()).unwrap();
-        assert_eq!((disk.size(), disk.next_data(0)), (40 << 30, None));
+        assert_eq!((disk.size(), disk.next_data(0).unwrap()), (40 << 30, None));
     }
 
     #[test]

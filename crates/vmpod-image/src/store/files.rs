@@ -228,6 +228,33 @@ pub(crate) fn canonical(path: &Path) -> Result<PathBuf, StoreError> {
     path.canonicalize().map_err(io("find", path))
 }
 
+/// Copies a file, shared where the file system shares blocks, else with its holes. An existing file is replaced.
+pub(crate) fn copy_sparse(from: &Path, to: &Path) -> Result<(), StoreError> {
+    remove_file(to)?;
+    if reflink_copy::reflink(from, to).is_ok() {
+        return Ok(());
+    }
+    // It may have left a file behind.
+    remove_file(to)?;
+    let source = File::open(from).map_err(io("open", from))?;
+    let size = source.metadata().map_err(io("read", from))?.len();
+    let target = File::create(to).map_err(io("make", to))?;
+    target.set_len(size).map_err(io("set the size of", to))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    while let Some((start, end)) = next_data(&source, at, size).map_err(io("read", from))? {
+        let mut here = start;
+        while here < end {
+            let step = usize::try_from(end - here).unwrap_or(usize::MAX).min(buffer.len());
+            source.read_exact_at(&mut buffer[..step], here).map_err(io("read", from))?;
+            write_sparse(&target, here, &buffer[..step]).map_err(io("write", to))?;
+            here += step as u64;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

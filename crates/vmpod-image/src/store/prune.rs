@@ -20,6 +20,17 @@ pub struct Prune {
     pub unused: bool,
     /// Such images, but the longest unused first and only until the images take at most so many bytes.
     pub down_to: Option<u64>,
+    /// Images that were used, or came, within this time stay.
+    pub idle_for: Duration,
+}
+
+/// A file system's room, bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileSystem {
+    /// All of it.
+    pub capacity: u64,
+    /// What is left for users that aren't root.
+    pub available: u64,
 }
 
 /// What went.
@@ -47,7 +58,8 @@ fn plan(mut images: Vec<Candidate>, prune: Prune) -> Vec<Candidate> {
     let mut total: u64 = images.iter().map(|image| image.bytes).sum();
     images.sort_by_key(|image| (std::cmp::Reverse(image.idle), image.digest));
     images.retain(|image| {
-        let goes = !image.kept && prune.down_to.map_or(prune.unused, |most| total > most);
+        let goes =
+            !image.kept && image.idle >= prune.idle_for && prune.down_to.map_or(prune.unused, |most| total > most);
         if goes {
             total -= image.bytes;
         }
@@ -121,6 +133,21 @@ pub(super) fn unfinished_bytes(store: &Store) -> Result<u64, StoreError> {
 }
 
 impl Store {
+    /// The room on the file system that holds the store.
+    pub fn file_system(&self) -> Result<FileSystem, StoreError> {
+        let found = rustix::fs::statvfs(self.dir())
+            .map_err(|errno| files::io("look at the file system of", self.dir())(errno.into()))?;
+        Ok(FileSystem {
+            capacity: found.f_blocks.saturating_mul(found.f_frsize),
+            available: found.f_bavail.saturating_mul(found.f_frsize),
+        })
+    }
+
+    /// The bytes of disk that images take, whole ones only: what [`Prune::down_to`] counts.
+    pub fn image_bytes(&self) -> Result<u64, StoreError> {
+        Ok(self.list()?.iter().map(|image| image.stored_bytes).sum())
+    }
+
     /// The bytes of disk that the store takes: images and unfinished work.
     pub fn used_bytes(&self) -> Result<u64, StoreError> {
         let images: u64 = self.list()?.iter().map(|image| image.stored_bytes).sum();
@@ -149,6 +176,10 @@ mod tests {
         assert_eq!(gone(down_to(0)), [Digest::of(&[2]), Digest::of(&[1])]);
         assert_eq!(gone(Prune { unused: true, ..Prune::default() }).len(), 2);
         assert_eq!(gone(Prune { unused: true, ..down_to(29) }).len(), 1);
+        let young = Duration::from_secs(51);
+        assert_eq!(gone(Prune { idle_for: young, ..down_to(0) }), [], "the only old one is kept");
+        let young = Duration::from_secs(50);
+        assert_eq!(gone(Prune { idle_for: young, ..down_to(0) }), [Digest::of(&[2])]);
     }
 
     proptest! {

@@ -53,7 +53,7 @@ async fn a_dead_mirror_is_left_alone() {
         import(&world.here, Source::Raw(world.path("disk.raw")), &name("a"), ImportOptions::default()).await.unwrap();
     push(&world.here, &name("a"), &world.remote("ci/a:1"), push_options()).await.unwrap();
     let (mirror, options) = mirror_of(&world).await;
-    mirror.fail_every(1, Fault::Status(500));
+    mirror.fail_every(1000, Fault::Status(500));
     pull(&world.there, &world.remote("ci/a:1"), options).await.unwrap();
     world.assert_equal(&image);
     // Those that were under way together with the first failures come on top.

@@ -113,6 +113,8 @@ impl Host {
             capacity: Capacity::of_host(8, Memory::from_mib(16 << 10), 100 << 30),
             defaults: MachineDefaults { cpus: 1, memory: Memory::from_mib(256) },
             registries: Registries::default(),
+            image_gc: vmpod_node::ImageGc::default(),
+            prefetch: Vec::new(),
             labels: std::collections::BTreeMap::new(),
             taints: Vec::new(),
             keep_vms: wish.keep_vms,
