@@ -250,3 +250,72 @@ async fn a_damaged_blob_in_the_registry_is_named_and_never_shown() -> Result<()>
     ensure!(there.list()?.is_empty());
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_container_disk_goes_by_skopeo_and_is_what_qemu_reads() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let (here, there) = (registry.store("here")?, registry.store("there")?);
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest:v1")?;
+    import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    let options = PushOptions { format: vmpod_image::PushFormat::ContainerDisk, ..PushOptions::default() };
+    push(&here, &local, &registry.image("ci/disk:v1")?, options).await?;
+    // Another client unpacks the layer and reads the disk in it.
+    let dir = registry.path("skopeo.dir");
+    let remote = format!("docker://{}/ci/disk:v1", registry.host);
+    skopeo(&["copy", "--src-tls-verify=false", &remote, &format!("dir:{}", dir.display())]).await?;
+    let script = "set -e; for f in *; do tar -xzf \"$f\" 2>/dev/null && break; done; \
+        qemu-img check -q disk/disk.qcow2; qemu-img compare -q -f qcow2 -F raw disk/disk.qcow2 ../disk.raw";
+    let mut command = Command::new("sh");
+    command.args(["-c", script]).current_dir(&dir);
+    e2e::run(command, None, PATIENCE).await?.ok()?;
+    // And its copy, in whatever form that client gives it, is read here.
+    let copy = format!("docker://{}/ci/copy:v1", registry.host);
+    skopeo(&["copy", "--src-tls-verify=false", "--dest-tls-verify=false", "--format=v2s2", &remote, &copy]).await?;
+    let pulled = pull(&there, &registry.image("ci/copy:v1")?, PullOptions::default()).await?;
+    ensure!(pulled.format == "containerdisk");
+    let wanted = std::fs::read(registry.path("disk.raw"))?;
+    ensure!(disk_of(&there, &pulled)? == wanted, "the copy has another disk");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn oras_reads_the_manifest_and_every_layer_of_what_we_push() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let here = registry.store("here")?;
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    push(&here, &local, &registry.image("ci/guest:1")?, PushOptions::default()).await?;
+    let python = e2e::prerequisites::repository().join("target/tools/python");
+    ensure!(python.join("oras").is_dir(), "oras is missing: run `scripts/prerequisites e2e`");
+    let script = "import sys, hashlib, oras.client\nname, out = sys.argv[1:]\n\
+        client = oras.client.OrasClient(insecure=True)\nmanifest = client.get_manifest(name)\n\
+        assert manifest['artifactType'] == 'application/vnd.vmpod.image.v1', manifest\n\
+        for layer in manifest['layers']:\n    client.download_blob(name, layer['digest'], out)\n    \
+        assert 'sha256:' + hashlib.sha256(open(out, 'rb').read()).hexdigest() == layer['digest']\n\
+        print(len(manifest['layers']))\n";
+    let mut command = Command::new("python3");
+    let (name, out) = (format!("{}/ci/guest:1", registry.host), registry.path("blob"));
+    command.env("PYTHONPATH", python).args(["-c", script, &name]).arg(out);
+    let layers = e2e::run(command, None, PATIENCE).await?.ok()?;
+    ensure!(layers.trim().parse::<usize>()? > 5, "{layers}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_fetches_what_it_was_told_to_have() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let here = registry.store("here")?;
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    let remote = registry.image("ci/guest:1")?;
+    push(&here, &local, &remote, PushOptions::default()).await?;
+    let home = e2e::Home::new("prefetch")?;
+    let name = remote.to_string();
+    let up = home.up(&["--prefetch", &name]).await?;
+    e2e::eventually("the image is there", || async { home.vmpod(&["image", "inspect", &name]).await?.ok().map(drop) })
+        .await?;
+    up.stop().await
+}

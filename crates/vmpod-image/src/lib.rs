@@ -39,8 +39,8 @@ mod store;
 mod transfer;
 
 pub use blobs::{BlobError, Retry};
-pub use clone::clone_disk;
 pub use capture::{CaptureError, CaptureOptions, CapturedDisk, DiskCopies, capture};
+pub use clone::clone_disk;
 pub use config::{
     Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind, UnknownName,
 };

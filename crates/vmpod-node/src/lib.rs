@@ -26,6 +26,7 @@ mod options;
 mod plain;
 mod plan;
 mod pod;
+mod prefetch;
 mod quantity;
 mod record;
 mod registration;

@@ -30,6 +30,7 @@ use crate::{
     limited,
     plan::MachineSeen,
     pod::{PodUid, Requests},
+    prefetch,
     record::{Kept, Record, RecordError, Records},
     registration::{self, Profile},
     server::{self, Runtime, tls},
@@ -80,6 +81,7 @@ pub struct Node {
     removing: HashMap<PodUid, CancellationToken>,
     ready: watch::Sender<bool>,
     image_gc: ImageGc,
+    prefetch: Vec<String>,
     image_room: watch::Sender<ImageRoom>,
 }
 
@@ -189,6 +191,7 @@ impl Node {
         Ok(Self {
             world,
             image_gc: options.image_gc,
+            prefetch: options.prefetch,
             image_room: watch::channel(ImageRoom::default()).0,
             profile,
             listener,
@@ -263,9 +266,13 @@ impl Node {
             registered.clone(),
             move |node| keeper.ledger.set_node(node),
         ));
+        let images = std::mem::take(&mut self.prefetch);
+        let (store, registries, events) = (world.store.clone(), world.registries.clone(), world.events.clone());
+        tasks.spawn(Box::pin(prefetch::run(store, registries, images, events, registered.clone())));
+        let room = self.image_room.clone();
+        tasks.spawn(Box::pin(image_gc::run(world.store.clone(), self.image_gc, room)));
         tasks.spawn(registration::keep_lease(world.client.clone(), registered));
         tasks.spawn(snapshots::keep(Arc::clone(&world)));
-        tasks.spawn(image_gc::run(world.store.clone(), self.image_gc, self.image_room.clone()));
         let (changes, mut pods) = mpsc::channel(64);
         let (client, name) = (world.client.clone(), world.name.clone());
         tasks.spawn(async move { source::run(client, &name, changes).await });

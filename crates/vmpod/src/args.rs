@@ -224,7 +224,7 @@ pub(crate) struct NodeMachines {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) reserve_memory: Option<Size>,
     /// How much of the disk memory snapshots of images may take; 0 turns them off
-    #[arg(long, value_name = "SIZE", default_value = "20Gi", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "20Gi", value_parser = values::parse_size_or_none)]
     pub(crate) snapshots: Size,
     /// How long machines may take to shut down when this process ends
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]

@@ -24,7 +24,7 @@ use crate::output::{self, Progress, talk};
 use crate::report::Remedy;
 
 /// How long a guest gets to freeze.
-const FREEZE: Duration = Duration::from_secs(60);
+const FREEZE: Duration = Duration::from_mins(1);
 
 /// What the guest's shell does: freeze, say so, wait for a line, thaw. Root itself is frozen last and thawed first.
 const HOLD: &str = r#"

@@ -60,7 +60,7 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
 
     let mut ready = node.ready();
     let stop = CancellationToken::new();
-    let mut work = tokio::spawn(node.run(stop.clone()));
+    let mut work = tokio::spawn(Box::pin(node.run(stop.clone())));
     let mut told = false;
     loop {
         tokio::select! {

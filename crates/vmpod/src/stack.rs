@@ -131,8 +131,9 @@ impl Stack {
         };
         let kubelet = node.kubelet_address();
         let mut ready = node.ready();
-        let mut node =
-            Part::spawn("the node agent", |stop| Box::pin(async move { node.run(stop).await.map_err(Into::into) }));
+        let mut node = Part::spawn("the node agent", |stop| {
+            Box::pin(async move { Box::pin(node.run(stop)).await.map_err(Into::into) })
+        });
         tokio::select! {
             error = api.ended() => return Err(error),
             error = node.ended() => return Err(error),

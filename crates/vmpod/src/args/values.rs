@@ -51,6 +51,11 @@ pub(crate) enum Seed {
     None,
 }
 
+/// A size, or 0 for none.
+pub(crate) fn parse_size_or_none(text: &str) -> Result<Size, String> {
+    if text == "0" { Ok(Size { bytes: 0, quantity: text.to_owned() }) } else { parse_size(text) }
+}
+
 /// Parses `512Mi`, `4Gi`, `1G` or plain bytes: the suffixes of a Kubernetes quantity.
 pub(crate) fn parse_size(text: &str) -> Result<Size, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -159,6 +164,13 @@ mod tests {
         for bad in ["", "Mi", "12mb", "-1Gi", "0", "0Gi", "99999999999Ti", "1.5Gi"] {
             assert!(parse_size(bad).is_err(), "{bad:?} was taken");
         }
+    }
+
+    #[test]
+    fn nothing_is_said_by_a_bare_nought() {
+        assert_eq!(parse_size_or_none("0").unwrap().bytes, 0);
+        assert_eq!(parse_size_or_none("1Ki").unwrap().bytes, 1024);
+        assert!(parse_size_or_none("0Gi").is_err() && parse_size("0").is_err());
     }
 
     #[test]

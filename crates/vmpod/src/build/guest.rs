@@ -78,7 +78,7 @@ impl Builder<'_> {
         let session = self.guest.exec(Exec::new(command)).await.with_context(|| format!("can't start {what}"))?;
         let ExecSession { stdin, stdout, stderr, control } = session;
         drop(stdin);
-        let (_, _, status) = tokio::join!(show(stdout), show(stderr), control.wait());
+        let ((), (), status) = tokio::join!(show(stdout), show(stderr), control.wait());
         match status.with_context(|| format!("can't learn how {what} ended"))? {
             ExitStatus::Code(0) => Ok(()),
             ExitStatus::Code(code) => bail!("{what} ended with exit code {code}"),

@@ -152,7 +152,7 @@ impl Recipe {
             labels: text.labels,
             timeout: match text.timeout {
                 Some(timeout) => values::duration(&timeout).map_err(|error| anyhow::anyhow!("timeout: {error}"))?,
-                None => Duration::from_mins(60),
+                None => Duration::from_hours(1),
             },
         };
         ensure!(recipe.cpus > 0, "cpus must be at least 1");
