@@ -51,8 +51,8 @@ test: ## all of it: fmt, lint, tidy, unit, doctest, doc, guests, e2e
 demo: ## boot a virtual machine as a Pod, talk to it, clean up
 	scripts/demo
 
-bench: build guest ## pod created to exec answered, against QEMU started by hand
-	scripts/prerequisites e2e && cargo xtask bench pod-start
+bench: build guest ## pod created to exec answered, against QEMU started by hand; the API against etcd
+	scripts/prerequisites e2e bench && cargo xtask bench pod-start && cargo xtask bench api
 
 bench-image: build guest-debian ## pull, push, delta and clone of a disk image, against skopeo and oras
 	scripts/prerequisites e2e && cargo xtask bench image

@@ -3,15 +3,16 @@
 //! A benchmark prints a table for people and, as its last line, one JSON object. What is compared
 //! is measured in the same run, in turns, so that a busy machine is busy for both.
 
+mod api;
 mod image;
 mod pod_start;
 mod process;
 mod samples;
+mod server;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use clap::ValueEnum;
 
 /// The benchmarks.
@@ -21,6 +22,8 @@ pub(crate) enum Name {
     PodStart,
     /// Pull, push, delta and clone of a disk image, over skopeo and oras
     Image,
+    /// Durable creates over etcd's puts, a long list, watch fan-out, memory
+    Api,
 }
 
 /// Runs one benchmark.
@@ -28,17 +31,6 @@ pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path
     match name {
         Name::PodStart => pod_start::run(quick, program, root),
         Name::Image => image::run(quick, program, root),
+        Name::Api => api::run(quick, program, root),
     }
-}
-
-/// Builds vmpod as it is released.
-fn build(root: &Path) -> Result<PathBuf> {
-    crate::say("building vmpod (release)");
-    let status = Command::new("cargo")
-        .args(["build", "--release", "--locked", "--package", "vmpod"])
-        .current_dir(root)
-        .status()
-        .context("cargo did not start")?;
-    ensure!(status.success(), "vmpod did not build");
-    Ok(root.join("target/release/vmpod"))
 }

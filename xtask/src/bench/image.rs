@@ -29,7 +29,7 @@ const MIB: u64 = 1 << 20;
 pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     let shape = if quick { Shape { size: 1 << 30 } } else { Shape { size: 8 << 30 } };
     let rounds = if quick { 2 } else { 3 };
-    let program = program.map_or_else(|| super::build(root), Ok)?;
+    let program = program.map_or_else(|| super::server::build(root), Ok)?;
     let program = fs::canonicalize(&program).with_context(|| format!("no program {}", program.display()))?;
     let guest = root.join("target/guest/debian.oci");
     ensure!(guest.is_dir(), "{} is missing: run `make guest-debian` first", guest.display());

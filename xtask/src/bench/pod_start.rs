@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use super::process::{self, Owned};
 use super::samples::Samples;
+use super::server;
 
 mod warm;
 
@@ -31,7 +32,7 @@ const START: Duration = Duration::from_mins(5);
 pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<()> {
     let rounds = if quick { 3 } else { 10 };
     let pods_for_memory = if quick { 0 } else { 4 };
-    let program = program.map_or_else(|| super::build(root), Ok)?;
+    let program = program.map_or_else(|| server::build(root), Ok)?;
     let program = fs::canonicalize(&program).with_context(|| format!("no program {}", program.display()))?;
     let guest = root.join("target/guest/tiny.oci");
     ensure!(guest.is_dir(), "{} is missing: run `make guest` first", guest.display());
@@ -44,7 +45,7 @@ pub(super) fn run(quick: bool, program: Option<PathBuf>, root: &Path) -> Result<
     let debian = root.join("target/guest/debian.oci");
     ensure!(debian.is_dir(), "{} is missing: run `make guest-debian` first", debian.display());
     bench.vmpod(&["image", "import", path(&debian)?, "debian"])?;
-    let up = bench.up()?;
+    let up = server::up(&bench.program, &bench.home, &scratch.path().join("up.log"))?;
     let outcome = runtime.block_on(bench.measure(rounds, pods_for_memory, up.id()));
     // The machines end with it, also when measuring failed.
     up.end(Duration::from_mins(1))?;
@@ -122,21 +123,6 @@ impl Bench {
             String::from_utf8_lossy(&output.stderr).trim()
         );
         Ok(())
-    }
-
-    fn up(&self) -> Result<Owned> {
-        let log = self.scratch.join("up.log");
-        let mut command = Command::new(&self.program);
-        command.arg("--home").arg(&self.home).args(["up", "--api-port", "0", "--kubelet-port", "0"]);
-        let mut up = Owned::start(&mut command, &log)?;
-        let until = Instant::now() + START;
-        while !self.home.join("kubeconfig").exists() || !ready_line(&log) {
-            if up.has_ended().is_some() || Instant::now() > until {
-                bail!("vmpod up did not come up:\n{}", fs::read_to_string(&log).unwrap_or_default());
-            }
-            process::pause(20);
-        }
-        Ok(up)
     }
 
     /// Copies the directory of a pod's running machine and reads its command line.
@@ -298,10 +284,6 @@ fn rounded(value: f64) -> f64 {
 
 fn path(path: &Path) -> Result<&str> {
     path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))
-}
-
-fn ready_line(log: &Path) -> bool {
-    fs::read_to_string(log).is_ok_and(|text| text.contains("ready"))
 }
 
 /// What pod is made.

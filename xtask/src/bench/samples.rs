@@ -20,6 +20,13 @@ impl Samples {
         }
     }
 
+    /// The smallest value that so many in a hundred don't exceed. Not a number when there are none.
+    pub(crate) fn percentile(&self, percent: usize) -> f64 {
+        let sorted = self.sorted();
+        let rank = (sorted.len() * percent).div_ceil(100).max(1);
+        sorted.get(rank - 1).copied().unwrap_or(f64::NAN)
+    }
+
     pub(crate) fn least(&self) -> f64 {
         self.sorted().first().copied().unwrap_or(f64::NAN)
     }
@@ -45,6 +52,15 @@ mod tests {
         assert!((of(&[3.0, 1.0, 2.0]) - 2.0).abs() < f64::EPSILON);
         assert!((of(&[4.0, 1.0, 2.0, 3.0]) - 2.5).abs() < f64::EPSILON);
         assert!(of(&[]).is_nan());
+    }
+
+    #[test]
+    fn a_percentile_is_the_value_of_its_rank() {
+        let samples = Samples((1..=200).rev().map(f64::from).collect());
+        assert!((samples.percentile(50) - 100.0).abs() < f64::EPSILON);
+        assert!((samples.percentile(99) - 198.0).abs() < f64::EPSILON);
+        assert!((samples.percentile(100) - 200.0).abs() < f64::EPSILON);
+        assert!(Samples::default().percentile(99).is_nan());
     }
 
     #[test]
