@@ -11,14 +11,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod};
-use kube::api::{Api, DeleteParams, ListParams, PostParams, Request, WatchEvent, WatchParams};
+use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
 use kube::config::{Config, KubeConfigOptions, Kubeconfig};
+use kube::core::Request;
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
 use tokio::sync::Barrier;
@@ -212,7 +213,7 @@ async fn fan_out(home: &Path, watchers: usize, events: usize) -> Result<FanOut> 
                     _ => {}
                 }
             }
-            Ok(seen)
+            anyhow::Ok(seen)
         });
     }
     begin.wait().await;
