@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Volume};
+use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint};
 
 use vmpod_api::annotations;
 
 use crate::{
     pod::{self, Requests},
     snapshots::Start,
+    volumes,
 };
 
 /// Why a pod is refused: its status gets phase Failed with these.
@@ -46,14 +47,9 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
         ));
     }
     for volume in spec.volumes.iter().flatten() {
-        if !is_token(volume) {
-            return Err(Refusal::new(
-                "VolumesUnsupported",
-                format!(
-                    "Volume {:?} is not supported yet on this node: only the service account token's is accepted (and not mounted)",
-                    volume.name
-                ),
-            ));
+        if let Some(what) = volumes::unsupported(volume) {
+            let message = format!("Volume {:?}: {what} is not supported on this node", volume.name);
+            return Err(Refusal::new("VolumesUnsupported", message));
         }
     }
     if let Some(container) = spec.containers.first() {
@@ -163,11 +159,6 @@ fn out_of(reason: &'static str, name: &str, requested: u64, used: u64, capacity:
     )
 }
 
-/// The projected volume that the `ServiceAccount` admission adds to every pod of a real cluster.
-fn is_token(volume: &Volume) -> bool {
-    volume.name.starts_with("kube-api-access-") && volume.projected.is_some()
-}
-
 fn selected(pod: &Pod, labels: &BTreeMap<String, String>, node: &str) -> bool {
     let Some(spec) = pod::spec(pod) else { return true };
     if !pod::entries(spec.node_selector.as_ref()).all(|(key, value)| labels.get(key) == Some(value)) {
@@ -240,7 +231,10 @@ mod tests {
         for (spec, want) in [
             (json!({"containers": [container, {"name": "side"}]}), "SidecarsUnsupported"),
             (json!({"containers": [container], "initContainers": [{"name": "init"}]}), "SidecarsUnsupported"),
-            (json!({"containers": [container], "volumes": [{"name": "data", "emptyDir": {}}]}), "VolumesUnsupported"),
+            (
+                json!({"containers": [container], "volumes": [{"name": "data", "emptyDir": {"sizeLimit": "1Gi"}}]}),
+                "VolumesUnsupported",
+            ),
             (
                 json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "hostPath": {"path": "/"}}]}),
                 "VolumesUnsupported",

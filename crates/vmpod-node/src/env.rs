@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, Secret};
+use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVarSource, Pod, ResourceFieldSelector, Secret};
 
 use crate::{
     pod::{self, Requests},
@@ -174,19 +174,10 @@ fn from_source(
             .ok_or_else(|| ConfigError::Field { variable: variable.to_owned(), path: field.field_path.clone() });
     }
     if let Some(resource) = &source.resource_field_ref {
-        let divisor = resource.divisor.as_ref().and_then(|d| Nanos::parse(&d.0).ok()).unwrap_or_default();
-        let of = resource
-            .container_name
-            .as_deref()
-            .filter(|name| !name.is_empty())
-            .and_then(|name| pod::spec(pod)?.containers.iter().find(|c| c.name == name))
-            .unwrap_or(container);
-        return resource_value(of, &resource.resource, facts)
-            .map(|value| Some(value.divided_up(divisor).to_string()))
-            .ok_or_else(|| ConfigError::Resource {
-                variable: variable.to_owned(),
-                resource: resource.resource.clone(),
-            });
+        return resource_text(pod, container, resource, facts).map(Some).ok_or_else(|| ConfigError::Resource {
+            variable: variable.to_owned(),
+            resource: resource.resource.clone(),
+        });
     }
     if let Some(from) = &source.config_map_key_ref {
         let optional = from.optional == Some(true);
@@ -243,7 +234,8 @@ fn text(bytes: &[u8], kind: &'static str, namespace: &str, name: &str, key: &str
     })
 }
 
-fn field_value(pod: &Pod, path: &str, facts: &Facts) -> Option<String> {
+/// A field of the pod, as text.
+pub(crate) fn field_value(pod: &Pod, path: &str, facts: &Facts) -> Option<String> {
     let meta = &pod.metadata;
     if let Some((map, key)) = path.split_once('[') {
         let key = key.strip_prefix('\'')?.strip_suffix("']")?;
@@ -264,6 +256,23 @@ fn field_value(pod: &Pod, path: &str, facts: &Facts) -> Option<String> {
         "status.podIP" | "status.podIPs" => facts.pod_ip.clone(),
         _ => return None,
     })
+}
+
+/// A container's resource in units of its divisor, as text; `container` is meant when the reference names none.
+pub(crate) fn resource_text(
+    pod: &Pod,
+    container: &Container,
+    resource: &ResourceFieldSelector,
+    facts: &Facts,
+) -> Option<String> {
+    let divisor = resource.divisor.as_ref().and_then(|d| Nanos::parse(&d.0).ok()).unwrap_or_default();
+    let of = resource
+        .container_name
+        .as_deref()
+        .filter(|name| !name.is_empty())
+        .and_then(|name| pod::spec(pod)?.containers.iter().find(|c| c.name == name))
+        .unwrap_or(container);
+    resource_value(of, &resource.resource, facts).map(|value| value.divided_up(divisor).to_string())
 }
 
 fn resource_value(container: &Container, resource: &str, facts: &Facts) -> Option<Nanos> {

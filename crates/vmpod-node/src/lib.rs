@@ -38,6 +38,7 @@ mod status;
 mod status_writer;
 pub mod streaming;
 mod translate;
+mod volumes;
 mod worker;
 mod world;
 

@@ -109,7 +109,7 @@ fn secret_user_data(pod: &Pod, name: &str, fetched: &Fetched) -> Result<String, 
 }
 
 /// Fetches objects one at a time by name: more the Node authorizer doesn't allow.
-async fn fetch(client: &Client, namespace: &str, needs: &Needs) -> Result<Fetched, RunConfigError> {
+pub(crate) async fn fetch(client: &Client, namespace: &str, needs: &Needs) -> Result<Fetched, RunConfigError> {
     let config_maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
     let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
     let (config_maps, secrets) = futures::try_join!(

@@ -9,7 +9,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use vmpod_machine::{ExitStatus, GuestError, GuestState, Machine, State};
+use vmpod_machine::{ExitStatus, GuestError, GuestState, Machine, MachineId, State};
 
 use crate::{
     backoff::Backoff,
@@ -60,6 +60,8 @@ struct Failure {
 enum Input {
     Done(Job, Result<Outcome, Failure>),
     MainEnded(Result<ExitStatus, GuestError>),
+    /// The volumes of this machine are in the guest.
+    Mounted(MachineId),
     /// A signal or kill didn't arrive: it may be tried again.
     StopFailed,
 }
@@ -72,6 +74,9 @@ struct Local {
     /// The collection was not needed, or can't be had.
     no_output: bool,
     waiting_for_main: bool,
+    /// Brings the volumes into the guest; ends with this.
+    keeper: Option<JoinSet<()>>,
+    mounted: bool,
     stopping: bool,
     killing: bool,
     /// When this agent first saw that the machine had stopped.
@@ -268,6 +273,11 @@ impl Worker {
             Input::Done(job, result) => {
                 self.job = None;
                 self.done(job, result).await;
+            }
+            Input::Mounted(id) => {
+                if self.record.as_ref().and_then(Record::machine).as_ref() == Some(&id) {
+                    self.local.mounted = true;
+                }
             }
             Input::StopFailed => {
                 self.local.stopping = false;

@@ -4,17 +4,19 @@ use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use tokio::task::JoinSet;
 use vmpod_machine::{GuestState, Machine, State};
 
 use super::{CALLED_BACKOFF, Input, MAIN, Worker, is_final};
 use crate::{
     collect::{Collector, Source},
+    env::Facts,
     error_chain,
     events::Kind,
     plan::{MachineSeen, Observed, Resolved},
     pod,
     record::Main,
-    status,
+    status, volumes,
     world::{View, Wanted},
 };
 
@@ -47,6 +49,27 @@ impl Worker {
                 None if state.is_final() => self.local.no_output = true,
                 None => {}
             }
+        }
+        let has_volumes = pod::spec(pod).and_then(|spec| spec.volumes.as_ref()).is_some_and(|list| !list.is_empty());
+        if has_volumes
+            && self.local.keeper.is_none()
+            && !state.is_final()
+            && let Some(address) = record.address
+        {
+            // What ran before this agent came had its volumes.
+            self.local.mounted |= main_known || (!has_main && attempt.started.is_some());
+            let facts = Facts {
+                host_ip: self.world.address.to_string(),
+                pod_ip: address.to_string(),
+                allocatable: self.world.ledger.allocatable(),
+            };
+            let (send, id) = (self.send.clone(), machine.id().clone());
+            // Nobody listens any more: the worker is over.
+            let mounted = move || drop(send.send(Input::Mounted(id)));
+            let (world, wanted, run) = (Arc::clone(&self.world), self.wanted.clone(), self.run.clone());
+            let mut keeper = JoinSet::new();
+            keeper.spawn(volumes::keep(world, wanted, machine.clone(), facts, run, mounted));
+            self.local.keeper = Some(keeper);
         }
         if let Some(collector) = &self.local.collector
             && state.is_final()
@@ -89,7 +112,8 @@ impl Worker {
             None => self.residue.clone(),
             Some(machine) => {
                 match &*machine.guest().ready().borrow() {
-                    GuestState::Ready => guest_ready = true,
+                    GuestState::Ready if self.local.keeper.is_none() || self.local.mounted => guest_ready = true,
+                    GuestState::Ready => guest = Some("the volumes are being mounted".to_owned()),
                     other => guest = Some(other.to_string()),
                 }
                 match &*machine.state().borrow() {
