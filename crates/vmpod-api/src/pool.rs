@@ -1,6 +1,7 @@
 //! `RunnerPool`: a number of CI runners of one kind, kept by the fleet operator.
 
 #![allow(unreachable_pub, reason = "the derive for rules makes a hidden copy of each type")]
+#![allow(clippy::duplicated_attributes, reason = "columns of one type look like one attribute given twice")]
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,7 @@
 //! `Runner`: one machine of a pool, from the wish for it to its end.
 
 #![allow(unreachable_pub, reason = "the derive for rules makes a hidden copy of each type")]
+#![allow(clippy::duplicated_attributes, reason = "columns of one type look like one attribute given twice")]
 
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;

@@ -28,7 +28,8 @@ pub fn template(spec: &RunnerPoolSpec) -> String {
     let made_of = (&spec.provider, &spec.image, &spec.resources, spec.jobs_per_runner, &spec.user_data, spec.start);
     // Plain data, which JSON can always hold.
     let text = serde_json::to_vec(&made_of).unwrap_or_default();
-    Sha256::digest(text).iter().take(5).map(|byte| format!("{byte:02x}")).collect()
+    let digits = Sha256::digest(text).iter().take(5).fold(0_u64, |digits, byte| (digits << 8) | u64::from(*byte));
+    format!("{digits:010x}")
 }
 
 /// A new runner of a pool.

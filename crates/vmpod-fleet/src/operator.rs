@@ -63,7 +63,7 @@ impl std::fmt::Debug for Options {
 /// Why the operator couldn't begin.
 #[derive(Debug, thiserror::Error)]
 pub enum OperatorError {
-    /// The kinds RunnerPool and Runner couldn't be made.
+    /// The kinds `RunnerPool` and `Runner` couldn't be made.
     #[error("the kinds of the fleet can't be made known to the API")]
     Install(#[source] kube::Error),
 }
@@ -686,7 +686,7 @@ impl Operator {
                 }
                 // Without its Secret nobody can remove it; the pool must not stay for ever.
                 Err(why) => {
-                    tracing::warn!(pool = key(pool), why, record = held.record, "the pool's runner stays at GitLab")
+                    tracing::warn!(pool = key(pool), why, record = held.record, "the pool's runner stays at GitLab");
                 }
             }
         }

@@ -31,7 +31,7 @@ pub(crate) async fn run(store: Store, registries: Registries, images: Vec<String
         for name in left {
             match one(&store, &registries, &name).await {
                 Ok(true) => {
-                    events.node(&node, Kind::Normal, "ImagePrefetched", format!("Image {name} is on this node."))
+                    events.node(&node, Kind::Normal, "ImagePrefetched", format!("Image {name} is on this node."));
                 }
                 Ok(false) => {}
                 Err(why) => {

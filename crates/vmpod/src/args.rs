@@ -166,7 +166,7 @@ pub(crate) struct Controller {
     /// This operator's name among others [default: this host's name and process number]
     #[arg(long, value_name = "NAME")]
     pub(crate) identity: Option<String>,
-    /// Leave the definitions of RunnerPool and Runner to somebody else
+    /// Leave the definitions of the kinds of the fleet to somebody else
     #[arg(long)]
     pub(crate) no_install: bool,
     #[command(flatten)]

@@ -1,3 +1,5 @@
+#![allow(clippy::needless_pass_by_value, reason = "JSON is written in place")]
+
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -213,7 +215,7 @@ proptest! {
             let plan = run(&pool, &runners, known(count), &mut memory, turn);
             if plan.create.is_empty() && plan.drain.is_empty() && plan.remove.is_empty() {
                 prop_assert!(plan.rolled_out, "at rest with old runners");
-                prop_assert_eq!(runners.len() as u32, (count + idle).min(10));
+                prop_assert_eq!(u32_of(runners.len()), (count + idle).min(10));
                 return Ok(());
             }
             runners.retain(|r| !plan.drain.contains(&r.name) && !plan.remove.contains(&r.name));

@@ -58,7 +58,7 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
     tar.directory("files");
     for (name, content) in &layout.volumes {
         // Writing to a string can't fail.
-        let _ = match content {
+        let written = match content {
             Content::Files(files) => {
                 add(&mut tar, name, files);
                 writeln!(script, "files {name} {}", version(files))
@@ -73,6 +73,7 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
                 )
             }
         };
+        written.ok();
     }
     for (number, mount) in layout.mounts.iter().enumerate() {
         let content = layout.volumes.get(&mount.volume);
@@ -80,13 +81,14 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
         let made = u8::from(!matches!(content, Some(Content::Files(_))));
         let source = if mount.sub_path.is_empty() { String::new() } else { format!("/{}", mount.sub_path) };
         let access = if mount.read_only { "ro" } else { "rw" };
-        let _ = writeln!(
+        writeln!(
             script,
             "bind {number} {base}/{}{} {} {access} {made}",
             mount.volume,
             quoted(&source),
             quoted(&mount.target)
-        );
+        )
+        .ok();
     }
     script.push_str("rm -rf /run/vmpod-volumes/new\n");
     tar.file("apply", 0o700, script.as_bytes());
@@ -116,7 +118,7 @@ fn version(files: &Files) -> String {
     }
     let digest = hash.finalize();
     digest[..8].iter().fold("..v".to_owned(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
+        write!(text, "{byte:02x}").ok();
         text
     })
 }

@@ -24,7 +24,7 @@ use crate::{
 /// Objects are fetched again this often; they are up to date in the guest within a minute.
 const REFRESH: Duration = Duration::from_secs(45);
 /// One try may take this long.
-const LONGEST_TRY: Duration = Duration::from_secs(120);
+const LONGEST_TRY: Duration = Duration::from_mins(2);
 
 /// A token and when another is due.
 struct Token {
