@@ -3,10 +3,13 @@
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::prerequisites::{program, scratch};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::{Child, Command};
 use vmpod_image::{
     Credentials, ImportOptions, PullError, PullOptions, PushOptions, Reference, Source, Store, export_oci_layout,
@@ -318,4 +321,156 @@ async fn a_node_fetches_what_it_was_told_to_have() -> Result<()> {
     e2e::eventually("the image is there", || async { home.vmpod(&["image", "inspect", &name]).await?.ok().map(drop) })
         .await?;
     up.stop().await
+}
+
+/// What the ruinous proxy did.
+#[derive(Default)]
+struct Done {
+    connections: AtomicUsize,
+    refused: AtomicUsize,
+    cut: AtomicUsize,
+    changed: AtomicUsize,
+    stalled: AtomicUsize,
+}
+
+/// A proxy that ruins most connections: one is told to come back later, one is cut, one has a byte changed, one stalls,
+/// and only the fifth is left alone.
+async fn ruinous_proxy(to: String) -> Result<(String, Arc<Done>)> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let host = listener.local_addr()?.to_string();
+    let done = Arc::new(Done::default());
+    let counts = Arc::clone(&done);
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            let (to, counts) = (to.clone(), Arc::clone(&counts));
+            tokio::spawn(async move {
+                // A ruined connection is what this is for.
+                serve_ruined(client, &to, &counts).await.ok();
+            });
+        }
+    });
+    Ok((host, done))
+}
+
+async fn serve_ruined(mut client: tokio::net::TcpStream, to: &str, done: &Done) -> std::io::Result<()> {
+    let number = done.connections.fetch_add(1, Ordering::Relaxed);
+    let kind = number % 5;
+    if kind == 0 && number > 0 {
+        let mut head = [0; 4096];
+        // Whatever of the request came: it is refused all the same.
+        let _asked = client.read(&mut head).await?;
+        done.refused.fetch_add(1, Ordering::Relaxed);
+        let answer =
+            b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        return client.write_all(answer).await;
+    }
+    let server = tokio::net::TcpStream::connect(to).await?;
+    let (mut from_server, mut to_server) = server.into_split();
+    let (mut from_client, mut to_client) = client.into_split();
+    let up = async { tokio::io::copy(&mut from_client, &mut to_server).await.map(drop) };
+    let down = async {
+        let mut buffer = vec![0; 64 << 10];
+        // Far enough for a few answers to come through whole, so that there is progress.
+        let at = 200_000 + number * 150_000 % 1_500_000;
+        let mut passed = 0;
+        loop {
+            let read = from_server.read(&mut buffer).await?;
+            if read == 0 {
+                return Ok(());
+            }
+            if passed < at && passed + read >= at {
+                match kind {
+                    1 => {
+                        done.cut.fetch_add(1, Ordering::Relaxed);
+                        return Err(std::io::ErrorKind::ConnectionReset.into());
+                    }
+                    2 => {
+                        done.changed.fetch_add(1, Ordering::Relaxed);
+                        buffer[read / 2] ^= 0x10;
+                    }
+                    3 => {
+                        done.stalled.fetch_add(1, Ordering::Relaxed);
+                        tokio::time::sleep(Duration::from_millis(700)).await;
+                    }
+                    _ => {}
+                }
+            }
+            passed += read;
+            to_client.write_all(&buffer[..read]).await?;
+        }
+    };
+    tokio::select! { ended = up => ended, ended = down => ended }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pull_survives_a_ruinous_connection() -> Result<()> {
+    let registry = Registry::start(false).await?;
+    let (here, there) = (registry.store("here")?, registry.store("there")?);
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    let image = import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    push(&here, &local, &registry.image("ci/guest:1")?, PushOptions::default()).await?;
+    let (host, done) = ruinous_proxy(registry.host.clone()).await?;
+    let remote = Reference::parse(&format!("{host}/ci/guest:1"))?;
+    let pulling = pull(&there, &remote, PullOptions::default());
+    let pulled = tokio::time::timeout(Duration::from_mins(3), pulling).await.context("the pull hangs")??;
+    ensure!(pulled.digest == image.digest && disk_of(&here, &image)? == disk_of(&there, &pulled)?);
+    let counts = [&done.refused, &done.cut, &done.changed, &done.stalled].map(|count| count.load(Ordering::Relaxed));
+    ensure!(counts.iter().filter(|count| **count > 0).count() >= 3, "the connection was ruined enough: {counts:?}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_kills_of_a_pull_leave_it_right() -> Result<()> {
+    const KILLS: u64 = 100;
+    let registry = Registry::start(false).await?;
+    let here = registry.store("here")?;
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    let image = import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    let remote = registry.image("ci/guest:1")?;
+    push(&here, &local, &remote, PushOptions::default()).await?;
+    let name = remote.to_string();
+    let home = e2e::Home::new("kills")?;
+    let wanted = std::fs::read(registry.path("disk.raw"))?;
+    let right = || -> Result<()> {
+        let store = Store::open(&home.path().join("images"))?;
+        for image in store.list()? {
+            ensure!(store.verify(&image)?.is_empty(), "an image that is shown is whole");
+            ensure!(disk_of(&store, &image)? == wanted, "the pulled disk is wrong");
+        }
+        Ok(())
+    };
+    let (mut finished, mut state) = (0, 12345u64);
+    for kill in 0..KILLS {
+        let mut command = home.command()?;
+        let mut child = command
+            .args(["image", "pull", &name])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()?;
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let patience = Duration::from_millis(20 + (state >> 33) % 280);
+        if tokio::time::timeout(patience, child.wait()).await.is_ok() {
+            // Done before it could be killed: look at it, and begin anew.
+            finished += 1;
+            right()?;
+            home.vmpod(&["image", "rm", &name]).await?.ok()?;
+        } else {
+            child.kill().await?;
+        }
+        if kill % 20 == 19 {
+            right()?;
+        }
+    }
+    let pulled = home.vmpod(&["image", "pull", &name]).await?.ok()?;
+    ensure!(pulled.trim() == image.digest.to_string(), "{pulled}");
+    right()?;
+    ensure!(finished < KILLS, "every pull was quicker than its kill");
+    for dir in ["work", "trash"] {
+        let left = e2e::home::entries(&home.path().join("images").join(dir))?;
+        ensure!(left.is_empty(), "{dir} holds {left:?}");
+    }
+    Ok(())
 }
