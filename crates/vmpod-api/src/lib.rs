@@ -12,6 +12,8 @@ pub use runner::{Runner, RunnerSpec, RunnerStatus};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt as _;
+// The derive of kinds names it.
+use serde_json as _;
 
 /// The definitions of vmpod's own kinds, for an API that doesn't have them yet.
 #[must_use]
