@@ -16,13 +16,15 @@ mod runners;
 pub mod state;
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
 
 use anyhow::{Context as _, Result};
 use axum::Router;
 use axum::middleware::from_fn_with_state;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
+
+use crate::prerequisites;
 
 pub use gate::Fault;
 pub use state::{Config, Job, JobStatus, NewJob, State};
@@ -63,6 +65,30 @@ impl Gitlab {
             drop(axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>()).await);
         });
         Ok(Self { shared, address, serving })
+    }
+
+    /// Starts one whose packages have the job agent, for guests that fetch it.
+    pub async fn with_agent() -> Result<Self> {
+        static CRYPTO: Once = Once::new();
+        CRYPTO.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
+        let agent = prerequisites::job_agent()?;
+        let packages = agent.parent().context("the agent is nowhere")?.to_owned();
+        Self::start(Config { packages: Some(packages), ..Config::default() }).await
+    }
+
+    /// What a guest does at its first boot: it fetches the agent from GitLab's packages, takes its jobs and switches off.
+    /// The host is 10.0.2.2 for it.
+    #[must_use]
+    pub fn user_data(&self) -> String {
+        format!(
+            "#!/bin/sh
+gitlab=http://10.0.2.2:{}
+wget -q -O /run/agent $gitlab/api/v4/projects/1/packages/generic/job-agent/1/job-agent && chmod 755 /run/agent
+GITLAB_URL=$gitlab RUNNER_TOKEN='$(VMPOD_RUNNER_TOKEN)' SYSTEM_ID='$(VMPOD_SYSTEM_ID)' MAX_JOBS=$(VMPOD_MAX_JOBS) /run/agent
+poweroff -f
+",
+            self.address.port()
+        )
     }
 
     /// Where it listens.

@@ -2,31 +2,13 @@
 //! others wrote.
 
 use std::collections::BTreeSet;
-use std::sync::Once;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use e2e::gitlab::state::RAN;
-use e2e::gitlab::{Config, Gitlab as Scripted, JobStatus, NewJob};
-use e2e::{Home, Up, eventually_within, prerequisites};
+use e2e::gitlab::{Gitlab as Scripted, JobStatus, NewJob};
+use e2e::{Home, Up, eventually_within};
 use serde_json::{Value, json};
-
-/// What a guest does at its first boot: it fetches the agent from GitLab's packages, takes its job and switches off.
-/// The host is 10.0.2.2 for it.
-const USER_DATA: &str = "#!/bin/sh
-gitlab=http://10.0.2.2:PORT
-wget -q -O /run/agent $gitlab/api/v4/projects/1/packages/generic/job-agent/1/job-agent && chmod 755 /run/agent
-GITLAB_URL=$gitlab RUNNER_TOKEN='$(VMPOD_RUNNER_TOKEN)' SYSTEM_ID='$(VMPOD_SYSTEM_ID)' MAX_JOBS=$(VMPOD_MAX_JOBS) /run/agent
-poweroff -f
-";
-
-async fn scripted() -> Result<Scripted> {
-    static CRYPTO: Once = Once::new();
-    CRYPTO.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
-    let agent = prerequisites::job_agent()?;
-    let packages = agent.parent().context("the agent is nowhere")?.to_owned();
-    Scripted::start(Config { packages: Some(packages), ..Config::default() }).await
-}
 
 fn pool(scripted: &Scripted, name: &str, max: u32) -> Value {
     json!({
@@ -39,7 +21,7 @@ fn pool(scripted: &Scripted, name: &str, max: u32) -> Value {
             }},
             "image": "tiny",
             "resources": {"cpu": "500m", "memory": "192Mi"},
-            "userData": USER_DATA.replace("PORT", &scripted.address().port().to_string()),
+            "userData": scripted.user_data(),
             "scale": {"min": 0, "max": max, "scaleDownSeconds": 0},
             "rollout": {"drainSeconds": 60},
         },
@@ -66,7 +48,7 @@ fn job(pool: &str) -> NewJob {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pools_make_a_machine_for_each_job_and_nothing_stays() -> Result<()> {
-    let scripted = scripted().await?;
+    let scripted = Scripted::with_agent().await?;
     let home = Home::with_tiny("fleet").await?;
     let up = up(&home).await?;
     for (name, max) in [("small", 2), ("large", 1)] {
@@ -114,7 +96,7 @@ async fn pools_make_a_machine_for_each_job_and_nothing_stays() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_job_outlives_its_pool_and_the_operator() -> Result<()> {
-    let scripted = scripted().await?;
+    let scripted = Scripted::with_agent().await?;
     let home = Home::with_tiny("fleet-drain").await?;
     let first = up(&home).await?;
     first.apply(&pool(&scripted, "small", 2)).await?;

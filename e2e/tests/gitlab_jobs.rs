@@ -1,32 +1,14 @@
 //! GitLab's jobs in real machines: a runner's record, its token in a Secret, an agent in the guest that others wrote.
 
 use std::collections::BTreeSet;
-use std::sync::Once;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::gitlab::state::RAN;
-use e2e::gitlab::{Config, Gitlab as Scripted, JobStatus, NewJob};
-use e2e::{Home, Up, eventually, pods, prerequisites};
+use e2e::gitlab::{Gitlab as Scripted, JobStatus, NewJob};
+use e2e::{Home, Up, eventually, pods};
 use jiff::Timestamp;
 use serde_json::json;
 use vmpod_fleet::gitlab::{Gitlab, Gitlabs, Held, Machine, Scope, Settings, Token, Wanted, fill, system_id};
-
-/// What a guest does at its first boot: it fetches the agent from GitLab's packages, takes its jobs and switches off.
-/// The host is 10.0.2.2 for it.
-const USER_DATA: &str = "#!/bin/sh
-gitlab=http://10.0.2.2:PORT
-wget -q -O /run/agent $gitlab/api/v4/projects/1/packages/generic/job-agent/1/job-agent && chmod 755 /run/agent
-GITLAB_URL=$gitlab RUNNER_TOKEN='$(VMPOD_RUNNER_TOKEN)' SYSTEM_ID='$(VMPOD_SYSTEM_ID)' MAX_JOBS=$(VMPOD_MAX_JOBS) /run/agent
-poweroff -f
-";
-
-async fn scripted() -> Result<Scripted> {
-    static CRYPTO: Once = Once::new();
-    CRYPTO.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
-    let agent = prerequisites::job_agent()?;
-    let packages = agent.parent().context("the agent is nowhere")?.to_owned();
-    Scripted::start(Config { packages: Some(packages), ..Config::default() }).await
-}
 
 fn pool(name: &str) -> Wanted {
     let settings = Settings { tags: BTreeSet::from([name.to_owned()]), ..Settings::default() };
@@ -41,7 +23,7 @@ fn job(pool: &str) -> NewJob {
 /// A machine of a pool, as the operator makes one.
 async fn machine(up: &Up, scripted: &Scripted, gitlab: &Gitlab, held: &Held, name: &str) -> Result<String> {
     let id = system_id(&format!("{name}0000000000"));
-    let (url, template) = (gitlab.url(), USER_DATA.replace("PORT", &scripted.address().port().to_string()));
+    let (url, template) = (gitlab.url(), scripted.user_data());
     let machine = Machine { url: &url, held, system_id: &id, name, jobs: 1, wait: None };
     let data = fill(&template, &machine)?;
     up.apply(&json!({
@@ -57,7 +39,7 @@ async fn machine(up: &Up, scripted: &Scripted, gitlab: &Gitlab, held: &Held, nam
 
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_of_two_pools_run_once_each_in_a_machine_of_their_own() -> Result<()> {
-    let scripted = scripted().await?;
+    let scripted = Scripted::with_agent().await?;
     let home = Home::with_tiny("gitlab-jobs").await?;
     let up = home.up(&[]).await?;
     let gitlab = Gitlabs::default().get(&scripted.url(), None, Token::new("glpat-scripted".into()))?;
@@ -113,7 +95,7 @@ async fn jobs_of_two_pools_run_once_each_in_a_machine_of_their_own() -> Result<(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_with_a_job_is_busy_and_its_token_is_in_no_pod() -> Result<()> {
-    let scripted = scripted().await?;
+    let scripted = Scripted::with_agent().await?;
     let home = Home::with_tiny("gitlab-busy").await?;
     let up = home.up(&[]).await?;
     let gitlab = Gitlabs::default().get(&scripted.url(), None, Token::new("glpat-scripted".into()))?;

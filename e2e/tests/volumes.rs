@@ -17,7 +17,7 @@ async fn volumes_are_in_the_guest_and_follow_their_objects() -> Result<()> {
     up.apply(&json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "secret", "namespace": "default"},
         "stringData": {"password": "hunter"}}))
         .await?;
-    let mut pod = pods::tiny("volumes", &["sh", "-c", "cat /etc/map/greeting && exec sleep 1000"]);
+    let mut pod = pods::tiny("volumes", &["sh", "-c", "cat /etc/map/greeting && echo && exec sleep 1000"]);
     pod["spec"]["volumes"] = json!([
         {"name": "map", "configMap": {"name": "map"}},
         {"name": "secret", "secret": {"secretName": "secret", "defaultMode": 0o400}},
@@ -45,8 +45,12 @@ async fn volumes_are_in_the_guest_and_follow_their_objects() -> Result<()> {
     .await?;
     up.apply(&map("hello")).await?;
     up.wait_ready("volumes").await?;
-    let log = up.kubectl_ok(&["logs", "volumes"]).await?;
-    ensure!(log == "hello", "{log:?}");
+    eventually("the main process's word", async || {
+        let log = up.kubectl_ok(&["logs", "volumes"]).await?;
+        ensure!(log == "hello\n", "{log:?}");
+        Ok(())
+    })
+    .await?;
 
     let sh = async |script: &str| up.kubectl(&["exec", "volumes", "--", "sh", "-c", script]).await?.ok();
     let seen = sh("cat '/etc/one file' /secret/password; stat -L -c ' %a' /secret/password").await?;

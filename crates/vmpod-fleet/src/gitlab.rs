@@ -84,7 +84,7 @@ pub struct Ensured {
 /// Jobs that wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Waiting {
-    /// How many; at [`wire::COUNTED`] and beyond it only says "many".
+    /// How many; at a thousand and beyond it only says "many".
     pub count: u32,
     /// Since when the first of them does.
     pub oldest: Option<Timestamp>,

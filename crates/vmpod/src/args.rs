@@ -692,7 +692,7 @@ pub(crate) struct Pull {
 /// From where images may come, and who must vouch for them.
 #[derive(Clone, Debug, Default, Args)]
 pub(crate) struct Sources {
-    /// A registry to ask before another one, REGISTRY=HOST[:PORT][/PATH] (repeatable)
+    /// A registry to ask before another one, REGISTRY=HOST or REGISTRY=HOST:PORT/PATH (repeatable)
     #[arg(long, value_name = "REGISTRY=MIRROR")]
     pub(crate) registry_mirror: Vec<vmpod_image::Mirror>,
     /// Take images of SCOPE (a registry or the beginning of a name; * for all) only when cosign's key in FILE signed them (repeatable)

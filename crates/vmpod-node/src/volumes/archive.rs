@@ -45,8 +45,10 @@ bind() { # number, source, target, ro or rw, whether a missing source is made
     [ -e "$2" ] || [ "$5" = 0 ] || mkdir -p "$2"
     [ -e "$2" ] || { echo "subPath of the volume for $3 does not exist" >&2; exit 1; }
     if [ -d "$2" ]; then mkdir -p "$3"; else mkdir -p "${3%/*}/"; [ -e "$3" ] || : >"$3"; fi
-    mount -o bind "$2" "$3"
-    [ "$4" = rw ] || mount -o remount,bind,ro "$3"
+    # A mount is known by its true path: /var/run is a link in most guests.
+    t=$(readlink -f "$3")
+    mount -o bind "$2" "$t"
+    [ "$4" = rw ] || mount -o remount,bind,ro "$t" || { umount "$t"; exit 1; }
     : >"/run/vmpod-volumes/mounted/$1"
 }
 "#;
