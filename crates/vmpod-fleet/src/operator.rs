@@ -469,16 +469,21 @@ impl Operator {
         let Some(runner) = self.runner(pool, name) else { return Ok(()) };
         let uid = runner.uid().unwrap_or_default();
         let system_id = gitlab::system_id(&uid);
-        if let (Some(held), Ok(gitlab)) = (&kept.held, self.gitlab(pool).await) {
-            match gitlab.is_busy(held.record, &system_id, now).await {
+        let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
+        // One that isn't up has no job; of every other that must be heard, and silence is no answer.
+        if !matches!(phase, Phase::Pending | Phase::Starting) {
+            let busy = match (&kept.held, self.gitlab(pool).await) {
+                (Some(held), Ok(gitlab)) => {
+                    gitlab.is_busy(held.record, &system_id, now).await.map_err(|error| chain(&error))
+                }
+                (None, _) => Err("the pool's runner isn't known yet".to_owned()),
+                (_, Err(why)) => Err(why),
+            };
+            match busy {
                 Ok(false) => {}
                 Ok(true) => return Ok(()),
-                Err(error) => {
-                    tracing::debug!(
-                        runner = name,
-                        error = chain(&error),
-                        "not drained: nobody can say whether it has a job"
-                    );
+                Err(why) => {
+                    tracing::debug!(runner = name, why, "not drained: nobody can say whether it has a job");
                     return Ok(());
                 }
             }

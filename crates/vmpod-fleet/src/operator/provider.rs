@@ -35,6 +35,10 @@ impl Operator {
             (kept.trouble, kept.demand, kept.machines) = (Some(why.clone()), Some(Err(why.clone())), Some(Err(why)));
             return;
         }
+        if kept.held.is_none() {
+            // A pool that is to go makes no record, and must know of the one that it has.
+            kept.held = self.held(pool).await.ok().flatten();
+        }
         let Some(held) = &kept.held else { return };
         let wanted = wanted(pool);
         let waiting = gitlab.waiting(&wanted, held.record, &pool.spec.provider.gitlab.projects, now);
