@@ -469,23 +469,25 @@ impl Operator {
         let Some(runner) = self.runner(pool, name) else { return Ok(()) };
         let uid = runner.uid().unwrap_or_default();
         let system_id = gitlab::system_id(&uid);
+        let busy = match (&kept.held, self.gitlab(pool).await) {
+            (Some(held), Ok(gitlab)) => {
+                gitlab.is_busy(held.record, &system_id, now).await.map_err(|error| chain(&error))
+            }
+            (None, _) => Err("the pool's runner isn't known yet".to_owned()),
+            (_, Err(why)) => Err(why),
+        };
+        let pods = self.pods.state();
+        let pod = pods.iter().find(|pod| pod.name_any() == name && pod.namespace() == pool.namespace());
+        let up = objects::seen(pod.map(AsRef::as_ref)) == life::Pod::Up;
         let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
-        // One that isn't up has no job; of every other that must be heard, and silence is no answer.
-        if !matches!(phase, Phase::Pending | Phase::Starting) {
-            let busy = match (&kept.held, self.gitlab(pool).await) {
-                (Some(held), Ok(gitlab)) => {
-                    gitlab.is_busy(held.record, &system_id, now).await.map_err(|error| chain(&error))
-                }
-                (None, _) => Err("the pool's runner isn't known yet".to_owned()),
-                (_, Err(why)) => Err(why),
-            };
-            match busy {
-                Ok(false) => {}
-                Ok(true) => return Ok(()),
-                Err(why) => {
-                    tracing::debug!(runner = name, why, "not drained: nobody can say whether it has a job");
-                    return Ok(());
-                }
+        match busy {
+            Ok(false) => {}
+            Ok(true) => return Ok(()),
+            // One that never came up has no job, whoever can't be asked.
+            Err(_) if !up && matches!(phase, Phase::Pending | Phase::Starting) => {}
+            Err(why) => {
+                tracing::debug!(runner = name, why, "not drained: nobody can say whether it has a job");
+                return Ok(());
             }
         }
         let mut status = runner.status.clone().unwrap_or_default();
