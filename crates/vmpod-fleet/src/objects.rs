@@ -144,9 +144,9 @@ pub fn seen(pod: Option<&KubePod>) -> life::Pod {
     }
 }
 
-/// What pods that aren't runners leave of the nodes.
+/// What the nodes offer that take pods.
 #[must_use]
-pub fn capacity<'a>(nodes: impl Iterator<Item = &'a Node>, others: impl Iterator<Item = &'a KubePod>) -> Amount {
+pub fn capacity<'a>(nodes: impl Iterator<Item = &'a Node>) -> Amount {
     let mut room = Amount::default();
     for node in nodes {
         let off = node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false);
@@ -154,16 +154,6 @@ pub fn capacity<'a>(nodes: impl Iterator<Item = &'a Node>, others: impl Iterator
             let amount = amount(all.get("cpu").map(|q| q.0.as_str()), all.get("memory").map(|q| q.0.as_str()));
             room.millicpus = room.millicpus.saturating_add(amount.millicpus);
             room.memory = room.memory.saturating_add(amount.memory);
-        }
-    }
-    for pod in others {
-        for container in pod.spec.iter().flat_map(|spec| &spec.containers) {
-            if let Some(requests) = container.resources.as_ref().and_then(|resources| resources.requests.as_ref()) {
-                let asked =
-                    amount(requests.get("cpu").map(|q| q.0.as_str()), requests.get("memory").map(|q| q.0.as_str()));
-                room.millicpus = room.millicpus.saturating_sub(asked.millicpus);
-                room.memory = room.memory.saturating_sub(asked.memory);
-            }
         }
     }
     room

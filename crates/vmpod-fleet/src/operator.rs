@@ -85,9 +85,15 @@ struct Kept {
     machines: Option<Result<BTreeMap<String, Job>, String>>,
     asked: Option<Timestamp>,
     /// Runners that were made and may not be in the cache yet, since when.
-    expected: BTreeMap<String, Timestamp>,
+    expected: BTreeMap<String, Expected>,
     /// Failed runners that were counted.
     counted: BTreeSet<String>,
+}
+
+/// A runner that was made a moment ago.
+struct Expected {
+    at: Timestamp,
+    placement: String,
 }
 
 struct Operator {
@@ -231,7 +237,7 @@ impl Operator {
         if nodes.is_empty() || views.len() < 2 {
             return vec![None; views.len()];
         }
-        let capacity = objects::capacity(nodes.iter().map(AsRef::as_ref), std::iter::empty());
+        let capacity = objects::capacity(nodes.iter().map(AsRef::as_ref));
         let wishes: Vec<Wish> = views
             .iter()
             .map(|(pool, kept, runners)| {
@@ -275,15 +281,16 @@ impl Operator {
             let pod = pods.get(&runner.name_any()).map(AsRef::as_ref);
             all.push(self.look(&runner, pod, kept, &nodes, now).await);
         }
+        kept.counted.retain(|name| all.iter().any(|runner: &plan::Runner| runner.name == *name));
         // Those that were made a moment ago and didn't come back by the watch yet.
-        kept.expected.retain(|_, at| now.duration_since(*at) < SignedDuration::from_secs(30));
-        for (name, at) in &kept.expected {
+        kept.expected.retain(|_, made| now.duration_since(made.at) < SignedDuration::from_secs(30));
+        for (name, Expected { at, placement }) in &kept.expected {
             all.push(plan::Runner {
                 name: name.clone(),
                 phase: Phase::Pending,
                 since: *at,
                 template: objects::template(&pool.spec),
-                placement: String::new(),
+                placement: placement.clone(),
                 created: *at,
                 draining: None,
                 unschedulable: false,
@@ -412,7 +419,7 @@ impl Operator {
         let name = format!("{}-{suffix}", pool.name_any());
         runners.create(&PostParams::default(), &objects::runner(pool, &name, placement)).await?;
         tracing::info!(runner = name, placement, "a runner is made");
-        kept.expected.insert(name, now);
+        kept.expected.insert(name, Expected { at: now, placement: placement.to_owned() });
         Ok(())
     }
 
@@ -490,13 +497,15 @@ impl Operator {
                 return Ok(());
             }
         }
+        // With the pod's own grace period: should a job have come in this instant, the guest ends after it. It is written down
+        // afterwards, so that an operator that dies in between asks again.
+        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(pool));
+        gone(pods.delete(name, &DeleteParams::default()).await)?;
+        tracing::info!(runner = name, "a runner is asked to go");
         let mut status = runner.status.clone().unwrap_or_default();
         status.draining_since = Some(objects::whole_second(now).to_string());
         self.write_status(&runner, &status).await;
-        tracing::info!(runner = name, "a runner is asked to go");
-        // With the pod's own grace period: should a job have come in this instant, the guest ends after it.
-        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        gone(pods.delete(name, &DeleteParams::default()).await)
+        Ok(())
     }
 
     /// Removes a runner that is over: first from the CI system's list, so that nothing is left there.

@@ -181,7 +181,13 @@ impl Snapshots {
     }
 
     /// Decides how a machine starts, and describes it so. Whatever goes wrong with templates, the machine boots.
-    pub(crate) async fn choose(&self, candidate: Candidate<'_>, spec: Spec) -> Spec {
+    /// `unwanted` comes when the pod is to stop: no template is waited for then.
+    pub(crate) async fn choose(
+        &self,
+        candidate: Candidate<'_>,
+        spec: Spec,
+        unwanted: impl Future<Output = ()>,
+    ) -> Spec {
         let Candidate { pod, image, image_labels, disks, boots } = candidate;
         let start = if boots { Start::Boot } else { Start::of(pod).unwrap_or_default() };
         if start == Start::Boot {
@@ -229,9 +235,10 @@ impl Snapshots {
             Choice::Make => {
                 let what = "Making a memory snapshot of the image for this machine's size";
                 self.events.container(pod, Kind::Normal, "SnapshotMaking", what);
-                match self.make(Wish { key, spec: spec.clone(), image }).await {
-                    Ok(made) => template = Some(made),
-                    Err(error) => self.tell_unavailable(pod, &error_chain(&error)),
+                match self.make(Wish { key, spec: spec.clone(), image }, unwanted).await {
+                    Some(Ok(made)) => template = Some(made),
+                    Some(Err(error)) => self.tell_unavailable(pod, &error_chain(&error)),
+                    None => {}
                 }
             }
         }
@@ -297,47 +304,76 @@ impl Snapshots {
         Ok(spec)
     }
 
-    /// Makes a template, unless somebody else just did.
-    async fn make(&self, wish: Wish) -> Result<Template, TemplateError> {
-        let _one = self.making.lock().await;
-        let Wish { key, mut spec, image } = wish;
-        if let Some(template) = self.templates.find(&key)? {
-            return Ok(template);
+    /// Makes a template, unless somebody else just did; none when it is `unwanted` before it is there. Then nothing of it stays.
+    async fn make(&self, wish: Wish, unwanted: impl Future<Output = ()>) -> Option<Result<Template, TemplateError>> {
+        let mut unwanted = std::pin::pin!(unwanted);
+        let _one = tokio::select! {
+            one = self.making.lock() => one,
+            () = &mut unwanted => return None,
+        };
+        let key = wish.key.clone();
+        let id = match (self.templates.find(&key), key.machine()) {
+            (Ok(Some(template)), _) => return Some(Ok(template)),
+            (Err(error), _) | (_, Err(error)) => return Some(Err(error)),
+            (Ok(None), Ok(id)) => id,
+        };
+        let made = match self.prepare(wish, &id).await {
+            Ok(spec) => {
+                tracing::info!(template = %key.id(), image = key.image, "making a memory snapshot");
+                tokio::select! {
+                    made = self.templates.make(&key, spec) => Some(made),
+                    () = &mut unwanted => None,
+                }
+            }
+            Err(error) => Some(Err(error)),
+        };
+        match &made {
+            Some(Ok(template)) => {
+                tracing::info!(template = %template.id, bytes = template.bytes, "the memory snapshot is there");
+                self.trim().await;
+            }
+            Some(Err(error)) => {
+                let why = error_chain(error);
+                tracing::warn!(template = %key.id(), error = why, "no memory snapshot could be made");
+                self.lock_refused().insert(key.id(), (why, Timestamp::now()));
+                self.clear(&id).await;
+            }
+            None => self.clear(&id).await,
         }
-        let id = key.machine()?;
+        made
+    }
+
+    /// The machine that is to become a template, with its disk. Runs to its end: a clone that goes on behind would be left.
+    async fn prepare(&self, wish: Wish, id: &MachineId) -> Result<Spec, TemplateError> {
+        let Wish { key, mut spec, image } = wish;
         let machine = |source| TemplateError::Machine { id: key.id(), source };
-        self.machines.remove(&id, true).await.map_err(machine)?;
+        self.machines.remove(id, true).await.map_err(machine)?;
         let unfit = |why: String| TemplateError::Unfit { id: key.id(), why };
-        let into = self.machines.directory(&id).map_err(machine)?;
-        let (store, holder, size) = (self.store.clone(), holders::holder(&id, &self.scope), key.disks.first().copied());
+        let into = self.machines.directory(id).map_err(machine)?;
+        let (store, holder, size) = (self.store.clone(), holders::holder(id, &self.scope), key.disks.first().copied());
         let clone = tokio::task::spawn_blocking(move || {
             let image = store.image(image)?.ok_or(vmpod_image::StoreError::NoImage(image))?;
             store.clone_image(&image, into.path(), size, &holder)
         });
-        let made = async {
-            let clone = clone.await.map_err(|error| unfit(error.to_string()))?;
-            let clone = clone.map_err(|error| unfit(error_chain(&error)))?;
-            spec.id = id.clone();
-            spec.disks =
-                clone.disks.into_iter().map(|disk| Disk { path: disk.path, format: format(disk.format) }).collect();
-            tracing::info!(template = %key.id(), image = key.image, "making a memory snapshot");
-            self.templates.make(&key, spec).await
-        };
-        let made = made.await;
-        match &made {
-            Ok(template) => {
-                tracing::info!(template = %template.id, bytes = template.bytes, "the memory snapshot is there");
-                self.trim().await;
-            }
+        let clone = clone.await.map_err(|error| unfit(error.to_string()))?;
+        let clone = clone.map_err(|error| unfit(error_chain(&error)))?;
+        spec.id = id.clone();
+        spec.disks =
+            clone.disks.into_iter().map(|disk| Disk { path: disk.path, format: format(disk.format) }).collect();
+        Ok(spec)
+    }
+
+    /// Removes what is left of a machine that was to become a template.
+    async fn clear(&self, id: &MachineId) {
+        match self.machines.remove(id, true).await {
+            // The template may have been in place already.
+            Ok(()) if self.holders().contains(id) => {}
+            Ok(()) => self.release(id).await,
+            // Its image stays held while its disk may be in use; the next agent tries again.
             Err(error) => {
-                let why = error_chain(error);
-                tracing::warn!(template = %key.id(), error = why, "no memory snapshot could be made");
-                self.lock_refused().insert(key.id(), (why, Timestamp::now()));
-                self.machines.remove(&id, true).await.map_err(machine)?;
-                self.release(&id).await;
+                tracing::warn!(machine = %id, error = error_chain(&error), "a machine that made a template is left")
             }
         }
-        made
     }
 
     async fn release(&self, id: &MachineId) {
@@ -414,7 +450,7 @@ pub(crate) async fn keep(world: Arc<World>) {
             continue;
         }
         // Why it failed is logged where it failed.
-        snapshots.make(wish).await.ok();
+        snapshots.make(wish, std::future::pending()).await;
     }
 }
 

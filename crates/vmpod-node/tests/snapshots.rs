@@ -19,7 +19,7 @@ use host::{Host, UIDS, Wish};
 use serde_json::{Value, json};
 use vmpod_machine::{
     FaultPoints, MachineId,
-    fake::{Event, Script},
+    fake::{Event, Script, Start},
 };
 
 fn pod(host: &Host, name: &str, uid: &str, start: Option<&str>) {
@@ -118,6 +118,20 @@ async fn a_guest_that_cannot_be_somebody_else_is_never_copied() {
     let made = host.world.events().into_iter().filter(|e| matches!(e, Event::Started(id) if is_maker(id))).count();
     assert_eq!(made, 1, "what was refused is not tried again for each pod");
     assert_eq!(templates(&host), Vec::<PathBuf>::new());
+    assert_eq!(host.holders("template-"), 0);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_is_deleted_waits_for_no_template() {
+    let host = Host::new().await;
+    host.world.set_default(Script { start: Start::Hangs, ..renewable() });
+    let node = host.start(wish()).await;
+    pod(&host, "p", UIDS[0], Some("snapshot"));
+    host.api.until("a template is being made", |api| api.reasons("p").contains(&"SnapshotMaking".to_owned())).await;
+    host.api.delete_pod("p", 1);
+    host.api.until("it is gone", |api| api.pod("p").is_none()).await;
+    host.until_clean().await;
     assert_eq!(host.holders("template-"), 0);
     node.stop().await;
 }

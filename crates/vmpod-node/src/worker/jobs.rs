@@ -11,7 +11,7 @@ use vmpod_machine::{Arch, GuestError, MachineError, MainCommand};
 use super::{
     Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod,
 };
-use crate::{env::Facts, limited, snapshots, translate};
+use crate::{env::Facts, limited, snapshots, translate, world::Wanted};
 
 impl Failure {
     pub(super) fn new(reason: &str, message: impl Into<String>) -> Self {
@@ -80,6 +80,7 @@ impl Worker {
         let record = self.record.as_ref()?;
         let (id, attempt, address) = (record.machine()?, record.attempt.clone()?, record.address?);
         let user_data = self.run.as_ref().and_then(|run| run.user_data.clone());
+        let mut wanted = self.wanted.clone();
         Some(Box::pin(async move {
             let failed = |message: String| Failure::new("CreateContainerError", message);
             let container =
@@ -131,7 +132,15 @@ impl Worker {
                         disks: clone.disks.iter().map(|disk| disk.size).collect(),
                         boots: attempt.boots,
                     };
-                    snapshots.choose(candidate, spec).await
+                    let unwanted = async move {
+                        let stops = |wanted: &Wanted| {
+                            let deleted = |pod: &Arc<Pod>| pod.metadata.deletion_timestamp.is_some();
+                            wanted.agent_stops.is_some() || wanted.pod.as_ref().is_none_or(deleted)
+                        };
+                        // Without a sender the worker is over, and this with it.
+                        wanted.wait_for(stops).await.ok();
+                    };
+                    snapshots.choose(candidate, spec, unwanted).await
                 }
             };
             world.machines.create(spec).await.map_err(|error| failed(error_chain(&error)))?;
