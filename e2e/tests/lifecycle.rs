@@ -174,7 +174,8 @@ async fn another_hosts_node_joins() -> Result<()> {
     let second = Home::with_tiny("joined").await?;
     let mut node = second.command()?;
     let log = std::fs::File::create(second.path().with_extension("log"))?;
-    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--kubeconfig"]).arg(up.kubeconfig());
+    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--kubeconfig"])
+        .arg(up.kubeconfig());
     let mut node = node.kill_on_drop(true).stderr(log).spawn()?;
     let result = on_second(&up, &second).await;
     if result.is_err() {

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::{Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint};
+use k8s_openapi::api::core::v1::{Container, Node, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint};
 
 use vmpod_api::annotations;
 
 use crate::{
+    action::Action,
     pod::{self, Requests},
+    probe::Purpose,
     snapshots::Start,
     volumes,
 };
@@ -54,13 +56,7 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
     }
     if let Some(container) = spec.containers.first() {
         let unsupported = [
-            ("a startup probe", container.startup_probe.is_some()),
-            ("a liveness probe", container.liveness_probe.is_some()),
-            ("a readiness probe", container.readiness_probe.is_some()),
-            (
-                "lifecycle hooks",
-                container.lifecycle.as_ref().is_some_and(|l| l.post_start.is_some() || l.pre_stop.is_some()),
-            ),
+            ("a probe or hook of another host", asks_elsewhere(container)),
             ("volume devices", container.volume_devices.as_ref().is_some_and(|v| !v.is_empty())),
         ];
         if let Some((what, _)) = unsupported.iter().find(|(_, asked)| *asked) {
@@ -92,6 +88,15 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
         ));
     }
     Ok(())
+}
+
+/// Whether a probe or hook names a host: what is asked is the machine, and nothing that the node can reach besides.
+fn asks_elsewhere(container: &Container) -> bool {
+    let probes = [Purpose::Startup, Purpose::Liveness, Purpose::Readiness].map(|purpose| purpose.of(container));
+    let probes = probes.into_iter().flatten().filter_map(Action::of_probe);
+    let hooks = container.lifecycle.iter().flat_map(|lifecycle| [&lifecycle.post_start, &lifecycle.pre_stop]);
+    let hooks = hooks.flatten().filter_map(Action::of_hook);
+    probes.chain(hooks).any(|action| action.host().is_some())
 }
 
 /// Decides by the node's labels and what is left of it, with the kubelet's reasons and wording.
@@ -239,7 +244,14 @@ mod tests {
                 json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "hostPath": {"path": "/"}}]}),
                 "VolumesUnsupported",
             ),
-            (json!({"containers": [{"name": "vm", "livenessProbe": {"tcpSocket": {"port": 22}}}]}), "FieldUnsupported"),
+            (
+                json!({"containers": [{"name": "vm", "livenessProbe": {"tcpSocket": {"port": 22, "host": "169.254.169.254"}}}]}),
+                "FieldUnsupported",
+            ),
+            (
+                json!({"containers": [{"name": "vm", "lifecycle": {"preStop": {"httpGet": {"port": 80, "host": "db"}}}}]}),
+                "FieldUnsupported",
+            ),
             (json!({"containers": [container], "hostNetwork": true}), "FieldUnsupported"),
         ] {
             assert_eq!(reason(supported(&pod(spec.clone()))), Some(want), "{spec}");

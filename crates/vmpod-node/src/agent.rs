@@ -107,6 +107,10 @@ fn exit(status: ExitStatus) -> Exit {
 
 #[async_trait]
 impl Runtime for Agent {
+    fn probes(&self) -> String {
+        self.world.probes.render()
+    }
+
     fn pods(&self) -> Vec<Arc<Pod>> {
         self.world.views().into_iter().filter_map(|view| view.pod).collect()
     }

@@ -10,6 +10,7 @@
 //! [`Node`] is the whole agent. What it decides is in pure functions; the files of its own that it needs to go on after a
 //! crash are in `DIR/node`.
 
+mod action;
 mod admit;
 mod agent;
 mod backoff;
@@ -27,6 +28,8 @@ mod plain;
 mod plan;
 mod pod;
 mod prefetch;
+mod probe;
+mod prober;
 mod quantity;
 mod record;
 mod registration;

@@ -31,6 +31,7 @@ use crate::{
     plan::MachineSeen,
     pod::{PodUid, Requests},
     prefetch,
+    prober::Counts,
     record::{Kept, Record, RecordError, Records},
     registration::{self, Profile},
     server::{self, Runtime, tls},
@@ -186,6 +187,7 @@ impl Node {
             faults,
             low_ports: rustix::process::geteuid().is_root(),
             ledger: Ledger::new(allocatable, capacity.pods),
+            probes: Counts::default(),
             pods: Mutex::default(),
         });
         Ok(Self {

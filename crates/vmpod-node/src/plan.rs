@@ -15,7 +15,8 @@ use vmpod_machine::{Exit, ExitCause};
 
 use crate::{
     pod::{self, RestartPolicy},
-    record::{Attempt, Ended, Main, Record, Stop, StopReason, Terminal},
+    probe::Failed,
+    record::{Attempt, Ended, Main, Record, Stop, StopReason, Terminal, Unwell},
 };
 
 /// What should be.
@@ -51,10 +52,28 @@ pub(crate) struct Observed {
     pub(crate) stopping: bool,
     /// The machine is being killed.
     pub(crate) killing: bool,
+    /// What failed, if the container is to be ended for it.
+    pub(crate) failed: Option<Failed>,
+    /// The startup probe hasn't passed yet.
+    pub(crate) unstarted: bool,
+    /// The readiness probe or the postStart hook hasn't passed.
+    pub(crate) unready: bool,
+    /// How far the preStop hook is.
+    pub(crate) pre_stop: HookSeen,
     /// The job under way.
     pub(crate) job: Option<Job>,
     /// The API says that the object is gone, or that another has its name.
     pub(crate) deleted: bool,
+}
+
+/// How far a hook is, in this life of the agent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum HookSeen {
+    #[default]
+    Unrun,
+    Running,
+    /// Whether it succeeded doesn't matter.
+    Done,
 }
 
 /// A machine as it is on this host.
@@ -107,6 +126,8 @@ pub(crate) enum Job {
     Start,
     /// The main process in the guest.
     StartMain,
+    /// The postStart hook.
+    PostStart,
     /// Kills the machine and removes its files, its clone and its hold on the image.
     Remove,
     /// Deletes the API object.
@@ -130,6 +151,10 @@ pub(crate) enum Step {
     AskMain,
     /// Write down that the pod is to stop.
     NoteStop(Stop),
+    /// Write down that the container is to end and the pod to go on.
+    NoteUnwell(Unwell),
+    /// Run the preStop hook.
+    PreStop,
     /// Ask the main process to end.
     SignalMain,
     /// Press the power button; the machine is killed at the deadline.
@@ -329,12 +354,13 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
             Some(stop) if !seen.stopping => Plan::step(Step::PowerDown { deadline: stop.deadline }),
             _ => Plan::wait(),
         },
-        MachineSeen::Live => running(attempt, stop, has_main, seen, now),
+        MachineSeen::Live => running(pod, attempt, stop, seen, now),
     }
 }
 
 /// The machine runs.
-fn running(attempt: &Attempt, stop: Option<&Stop>, has_main: bool, seen: &Observed, now: Timestamp) -> Plan {
+fn running(pod: &Pod, attempt: &Attempt, stop: Option<&Stop>, seen: &Observed, now: Timestamp) -> Plan {
+    let has_main = pod::machine_container(pod).is_some_and(|container| pod::command(container).is_some());
     if seen.killing {
         return Plan::wait();
     }
@@ -346,26 +372,50 @@ fn running(attempt: &Attempt, stop: Option<&Stop>, has_main: bool, seen: &Observ
         let give_up = at.saturating_add(DRAIN).unwrap_or(Timestamp::MAX);
         return if seen.drained || now >= give_up { Plan::step(Step::Kill) } else { Plan::wait_until(give_up) };
     }
-    if let Some(stop) = stop {
-        if now >= stop.deadline {
+    // A pod that is to stop has no time to lose to a container that is to start again, nor the other way round.
+    let deadlines = [stop.map(|stop| stop.deadline), attempt.unwell.as_ref().map(|unwell| unwell.deadline)];
+    let deadline = deadlines.into_iter().flatten().min();
+    if deadline.is_none()
+        && let Some(failed) = &seen.failed
+    {
+        let pods = pod::spec(pod).and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30).max(0);
+        let grace = failed.grace.unwrap_or(SignedDuration::from_secs(pods));
+        let deadline = now.saturating_add(grace).unwrap_or(Timestamp::MAX);
+        return Plan::step(Step::NoteUnwell(Unwell { what: failed.what.clone(), deadline }));
+    }
+    if let Some(deadline) = deadline {
+        if now >= deadline {
             return Plan::step(Step::Kill);
         }
         if seen.stopping {
-            return Plan::wait_until(stop.deadline);
+            return Plan::wait_until(deadline);
+        }
+        let runs = matches!(attempt.main, Main::Started(_)) || !has_main;
+        if runs && seen.guest_ready && pod::pre_stop(pod).is_some() {
+            match seen.pre_stop {
+                HookSeen::Unrun => return Plan { steps: vec![Step::PreStop], wake: Some(deadline) },
+                HookSeen::Running => return Plan::wait_until(deadline),
+                HookSeen::Done => {}
+            }
         }
         let ask = match attempt.main {
             Main::Started(_) if seen.guest_ready => Step::SignalMain,
             // A process that was never started has nothing to lose.
             Main::Unstarted if has_main => Step::Kill,
             // Whether it started isn't known yet: the guest, once it answers, tells.
-            Main::Started(_) | Main::Asked => return Plan::wait_until(stop.deadline),
-            Main::Unstarted | Main::Ended { .. } => Step::PowerDown { deadline: stop.deadline },
+            Main::Started(_) | Main::Asked => return Plan::wait_until(deadline),
+            Main::Unstarted | Main::Ended { .. } => Step::PowerDown { deadline },
         };
-        return Plan { steps: vec![ask], wake: Some(stop.deadline) };
+        return Plan { steps: vec![ask], wake: Some(deadline) };
     }
     match attempt.main {
         Main::Unstarted if has_main && seen.guest_ready => Plan::step(Step::AskMain),
         Main::Asked if seen.guest_ready && seen.job.is_none() => run(Job::StartMain, seen, now),
+        Main::Started(_) | Main::Unstarted
+            if seen.guest_ready && seen.job.is_none() && !attempt.hooked && pod::post_start(pod).is_some() =>
+        {
+            run(Job::PostStart, seen, now)
+        }
         _ => Plan::wait(),
     }
 }
@@ -464,11 +514,15 @@ fn after_exit(record: &Record, attempt: &Attempt, has_main: bool, exit: &Exit) -
     let detail = Some(exit.to_string());
     if has_main {
         // The guest took the exit code with it.
-        let killed = record.stop.is_some() && exit.cause == ExitCause::Killed;
+        let killed = (record.stop.is_some() || attempt.unwell.is_some()) && exit.cause == ExitCause::Killed;
         let reason = if killed { "Error" } else { "ContainerStatusUnknown" };
         return ended(record, attempt, 137, reason, detail, exit.at);
     }
     match exit.cause {
+        // It was told to, which is not a success: whoever fails a probe isn't done.
+        ExitCause::GuestShutdown if attempt.unwell.is_some() && record.stop.is_none() => {
+            ended(record, attempt, 143, "Error", detail, exit.at)
+        }
         ExitCause::GuestShutdown => ended(record, attempt, 0, "Completed", None, exit.at),
         ExitCause::GuestPanic | ExitCause::HypervisorFailed => ended(record, attempt, 1, "Error", detail, exit.at),
         ExitCause::Killed => ended(record, attempt, 137, "Error", detail, exit.at),

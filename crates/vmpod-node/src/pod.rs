@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, ResourceRequirements};
+use k8s_openapi::api::core::v1::{Container, LifecycleHandler, Pod, PodSpec, ResourceRequirements};
 use serde::{Deserialize, Serialize};
 use vmpod_machine::MachineId;
 
@@ -143,6 +143,16 @@ pub(crate) fn command(container: &Container) -> Option<(&[String], &[String])> {
     let command = container.command.as_deref().unwrap_or_default();
     let args = container.args.as_deref().unwrap_or_default();
     (!command.is_empty() || !args.is_empty()).then_some((command, args))
+}
+
+/// What is to be done once container 0 runs.
+pub(crate) fn post_start(pod: &Pod) -> Option<&LifecycleHandler> {
+    machine_container(pod)?.lifecycle.as_ref()?.post_start.as_ref()
+}
+
+/// What is to be done before container 0 is asked to end.
+pub(crate) fn pre_stop(pod: &Pod) -> Option<&LifecycleHandler> {
+    machine_container(pod)?.lifecycle.as_ref()?.pre_stop.as_ref()
 }
 
 /// The phase the API shows.

@@ -59,6 +59,21 @@ pub(crate) struct Attempt {
     /// Its machine couldn't go on from a memory snapshot and boots instead.
     #[serde(default)]
     pub(crate) boots: bool,
+    /// The postStart hook has succeeded: it isn't run again.
+    #[serde(default)]
+    pub(crate) hooked: bool,
+    /// It is being ended so that another takes its place.
+    #[serde(default)]
+    pub(crate) unwell: Option<Unwell>,
+}
+
+/// Why a container that runs is ended though its pod goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Unwell {
+    /// What it failed: a probe or a hook.
+    pub(crate) what: String,
+    /// When it is killed.
+    pub(crate) deadline: Timestamp,
 }
 
 /// The image an attempt runs, fixed when it begins: a tag may move later.
@@ -330,6 +345,8 @@ mod tests {
             main: Main::Ended { code: Some(3), started: None, at: Timestamp::UNIX_EPOCH, why: None },
             ended: None,
             boots: false,
+            hooked: false,
+            unwell: None,
         });
         record
     }

@@ -371,7 +371,7 @@ impl Snapshots {
             Ok(()) => self.release(id).await,
             // Its image stays held while its disk may be in use; the next agent tries again.
             Err(error) => {
-                tracing::warn!(machine = %id, error = error_chain(&error), "a machine that made a template is left")
+                tracing::warn!(machine = %id, error = error_chain(&error), "a machine that made a template is left");
             }
         }
     }

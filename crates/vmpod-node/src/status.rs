@@ -155,8 +155,12 @@ impl View {
                     ..ContainerState::default()
                 },
                 running: true,
-                started: true,
-                ready: live && seen.guest_ready && !matches!(attempt.main, Main::Ended { .. }),
+                started: !seen.unstarted,
+                ready: live
+                    && seen.guest_ready
+                    && !seen.unready
+                    && attempt.unwell.is_none()
+                    && !matches!(attempt.main, Main::Ended { .. }),
                 sandbox: true,
                 ..base
             },

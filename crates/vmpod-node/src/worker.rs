@@ -17,8 +17,10 @@ use crate::{
     error_chain,
     events::Kind,
     image_pull,
-    plan::{Desired, Job, MachineSeen, Plan, Trouble, plan},
+    plan::{Desired, HookSeen, Job, MachineSeen, Plan, Trouble, plan},
     pod::{self, PodUid},
+    probe::{Failed, Verdict},
+    prober::Prober,
     record::{ImageChoice, Main, Record, StopReason},
     run_config::RunConfig,
     status_writer,
@@ -44,6 +46,8 @@ enum Outcome {
     Prepared,
     Started,
     MainStarted,
+    /// The postStart hook is over.
+    Hooked(Result<(), String>),
     /// The guest will never start this command.
     MainRefused(String),
     Removed,
@@ -62,6 +66,8 @@ enum Input {
     MainEnded(Result<ExitStatus, GuestError>),
     /// The volumes of this machine are in the guest.
     Mounted(MachineId),
+    /// The preStop hook of this machine is over.
+    PreStopped(MachineId),
     /// A signal or kill didn't arrive: it may be tried again.
     StopFailed,
 }
@@ -77,6 +83,10 @@ struct Local {
     /// Brings the volumes into the guest; ends with this.
     keeper: Option<JoinSet<()>>,
     mounted: bool,
+    prober: Option<Prober>,
+    /// The postStart hook failed.
+    hook_failed: Option<Failed>,
+    pre_stop: HookSeen,
     stopping: bool,
     killing: bool,
     /// When this agent first saw that the machine had stopped.
@@ -172,10 +182,11 @@ struct Signals {
     state: Option<watch::Receiver<State>>,
     guest: Option<watch::Receiver<GuestState>>,
     drained: Option<watch::Receiver<bool>>,
+    probes: Option<watch::Receiver<Verdict>>,
 }
 
 impl Signals {
-    fn of(machine: Option<&Machine>, collector: Option<&Collector>) -> Self {
+    fn of(machine: Option<&Machine>, local: &Local) -> Self {
         fn fresh<T>(mut receiver: watch::Receiver<T>) -> watch::Receiver<T> {
             receiver.mark_unchanged();
             receiver
@@ -183,7 +194,8 @@ impl Signals {
         Self {
             state: machine.map(|machine| fresh(machine.state())),
             guest: machine.map(|machine| fresh(machine.guest().ready())),
-            drained: collector.map(|collector| fresh(collector.drained())),
+            drained: local.collector.as_ref().map(|collector| fresh(collector.drained())),
+            probes: local.prober.as_ref().map(|prober| fresh(prober.verdict().clone())),
         }
     }
 }
@@ -206,7 +218,7 @@ impl Worker {
             let machine = self.machine();
             let now = Timestamp::now();
             self.attend(machine.as_ref(), now);
-            let mut signals = Signals::of(machine.as_ref(), self.local.collector.as_ref());
+            let mut signals = Signals::of(machine.as_ref(), &self.local);
             self.call_backoff(now);
             let seen = self.observe(machine.as_ref());
             self.show(&wanted, machine.as_ref(), &seen, now);
@@ -260,6 +272,7 @@ impl Worker {
             () = changed(&mut signals.state) => None,
             () = changed(&mut signals.guest) => None,
             () = changed(&mut signals.drained) => None,
+            () = changed(&mut signals.probes) => None,
             () = sleep_until(wake) => None,
         };
         if let Some(input) = input {
@@ -277,6 +290,11 @@ impl Worker {
             Input::Mounted(id) => {
                 if self.record.as_ref().and_then(Record::machine).as_ref() == Some(&id) {
                     self.local.mounted = true;
+                }
+            }
+            Input::PreStopped(id) => {
+                if self.record.as_ref().and_then(Record::machine).as_ref() == Some(&id) {
+                    self.local.pre_stop = HookSeen::Done;
                 }
             }
             Input::StopFailed => {
@@ -339,6 +357,7 @@ impl Worker {
             }
             Outcome::Started | Outcome::Deleted => self.deleted = job == Job::Delete,
             Outcome::MainStarted => self.main_started().await,
+            Outcome::Hooked(result) => self.hooked(result).await,
             Outcome::MainRefused(why) => {
                 if let Some(pod) = &self.pod {
                     self.world.events.container(pod, Kind::Warning, "Failed", format!("Error: {why}"));

@@ -20,6 +20,7 @@ use crate::{
     logs::Live,
     options::{MachineDefaults, Registries},
     pod::{PodUid, Requests},
+    prober::Counts,
     record::{Record, Records},
     run_config::RunConfig,
     snapshots::Snapshots,
@@ -44,6 +45,7 @@ pub(crate) struct World {
     pub(crate) ledger: Ledger,
     /// None where memory snapshots are turned off.
     pub(crate) snapshots: Option<Snapshots>,
+    pub(crate) probes: Counts,
     pub(crate) pods: Mutex<BTreeMap<PodUid, Handle>>,
 }
 

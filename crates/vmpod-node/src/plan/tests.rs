@@ -21,6 +21,13 @@ fn pod(policy: &str, command: bool) -> Pod {
     .unwrap()
 }
 
+fn with_hooks(mut pod: Pod) -> Pod {
+    let hook = json!({"exec": {"command": ["true"]}});
+    let lifecycle = serde_json::from_value(json!({"postStart": hook, "preStop": hook})).unwrap();
+    pod.spec.as_mut().unwrap().containers[0].lifecycle = Some(lifecycle);
+    pod
+}
+
 fn deleted(mut pod: Pod, grace: i64) -> Pod {
     pod.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(at(0)));
     pod.metadata.deletion_grace_period_seconds = Some(grace);
@@ -45,6 +52,8 @@ fn begun() -> Record {
         main: Main::Unstarted,
         ended: None,
         boots: false,
+        hooked: false,
+        unwell: None,
     });
     record
 }
@@ -343,6 +352,9 @@ enum Chance {
     Vanish,
     AgentDies,
     AgentStops,
+    ProbeFails,
+    HookFails,
+    HookEnds,
     Time(i64),
 }
 
@@ -363,6 +375,9 @@ fn chance() -> impl Strategy<Value = Chance> {
         1 => Just(Chance::Vanish),
         2 => Just(Chance::AgentDies),
         1 => Just(Chance::AgentStops),
+        2 => Just(Chance::ProbeFails),
+        1 => Just(Chance::HookFails),
+        3 => Just(Chance::HookEnds),
         3 => (1..400i64).prop_map(Chance::Time),
     ]
 }
@@ -439,6 +454,22 @@ impl Sim {
             Chance::Delete => self.pod = self.pod.take().map(|pod| deleted(pod, 30)),
             Chance::Vanish => self.pod = None,
             Chance::AgentStops => self.agent_stops = true,
+            Chance::ProbeFails => {
+                if self.is_live() {
+                    self.observed.failed = Some(Failed { what: "liveness probe".to_owned(), grace: None });
+                }
+            }
+            Chance::HookFails => {
+                if self.observed.job == Some(Job::PostStart) {
+                    self.observed.job = None;
+                    self.observed.failed = Some(Failed { what: "postStart hook".to_owned(), grace: None });
+                }
+            }
+            Chance::HookEnds => {
+                if self.observed.pre_stop == HookSeen::Running {
+                    self.observed.pre_stop = HookSeen::Done;
+                }
+            }
             Chance::AgentDies => {
                 // Whatever was only in memory is gone; jobs half done leave what they leave.
                 let machine = match (&self.observed.machine, self.observed.job) {
@@ -483,6 +514,7 @@ impl Sim {
                     }
                 }
             }
+            Job::PostStart => self.attempt().hooked = true,
             Job::Remove => {
                 if self.is_live() {
                     self.live -= 1;
@@ -528,8 +560,11 @@ impl Sim {
                     prop_assert_eq!(&self.observed.machine, &MachineSeen::Absent);
                     let number = record.next_attempt();
                     record.attempt = Some(Attempt { number, ..begun().attempt.unwrap() });
-                    self.observed.resolved = Resolved::No;
-                    self.observed.drained = false;
+                    self.observed = Observed {
+                        machine: MachineSeen::Absent,
+                        trouble: self.observed.trouble.take(),
+                        ..Observed::default()
+                    };
                 }
                 Step::FallBack(_) => {
                     prop_assert!(!self.attempt().boots, "a second fall-back of one attempt");
@@ -538,8 +573,24 @@ impl Sim {
                 Step::NoteStarted => self.attempt().started = Some(at(now)),
                 Step::AskMain => self.attempt().main = Main::Asked,
                 Step::NoteStop(stop) => self.record.as_mut().unwrap().stop = Some(stop),
+                Step::NoteUnwell(unwell) => {
+                    prop_assert!(self.is_live() && self.attempt().unwell.is_none(), "ended twice");
+                    self.attempt().unwell = Some(unwell);
+                }
+                Step::PreStop => {
+                    prop_assert!(self.is_live() && !self.observed.stopping, "the hook comes before the signal");
+                    prop_assert_eq!(self.observed.pre_stop, HookSeen::Unrun);
+                    self.observed.pre_stop = HookSeen::Running;
+                }
                 Step::SignalMain | Step::PowerDown { .. } => {
                     prop_assert!(self.is_live());
+                    let hook = pod::pre_stop(self.pod.as_ref().unwrap()).is_some();
+                    prop_assert!(
+                        !(hook
+                            && matches!(self.attempt().main, Main::Started(_))
+                            && self.observed.pre_stop != HookSeen::Done),
+                        "the process was signalled before its preStop hook was over"
+                    );
                     self.observed.stopping = true;
                 }
                 Step::Kill => self.machine_ends(ExitCause::Killed, now),
@@ -580,9 +631,10 @@ proptest! {
     fn any_history_keeps_the_promises(
         policy in prop_oneof![Just("Always"), Just("OnFailure"), Just("Never")],
         command in any::<bool>(),
+        hooks in any::<bool>(),
         chances in proptest::collection::vec(chance(), 0..150),
     ) {
-        let mut sim = Sim::new(pod(policy, command));
+        let mut sim = Sim::new(if hooks { with_hooks(pod(policy, command)) } else { pod(policy, command) });
         let mut now = 0;
         for chance in &chances {
             if let Chance::Time(seconds) = chance {
@@ -606,6 +658,7 @@ proptest! {
             sim.happen(&Chance::Step, now)?;
             sim.happen(&Chance::JobWorks, now)?;
             sim.happen(&Chance::Drained, now)?;
+            sim.happen(&Chance::HookEnds, now)?;
             sim.happen(&Chance::ApiShows, now)?;
         }
         prop_assert!(sim.forgotten, "something stays: {sim:?}");
@@ -622,4 +675,59 @@ fn output_of_a_stopped_machine_that_never_comes_is_not_waited_for() {
     assert_eq!((waits.steps, waits.wake), (Vec::new(), Some(at(23))));
     let given_up = next(&vm, Some(&record), &late, 23).steps;
     assert!(matches!(&given_up[..], [Step::End { ended, .. }] if ended.exit_code == 0), "{given_up:?}");
+}
+
+fn fails(grace: Option<i64>) -> Observed {
+    let grace = grace.map(SignedDuration::from_secs);
+    let failed = Some(Failed { what: "liveness probe".to_owned(), grace });
+    Observed { guest_ready: true, failed, ..seen(MachineSeen::Live) }
+}
+
+#[test]
+fn a_failed_probe_ends_the_container_and_not_the_pod() {
+    let job = pod("Always", true);
+    let mut record = started(Main::Started(at(2)));
+    let noted = step(&job, &record, &fails(None));
+    let unwell = Unwell { what: "liveness probe".to_owned(), deadline: at(50) };
+    assert_eq!(noted, Some(Step::NoteUnwell(unwell.clone())), "the pod's grace period is 30 s by default");
+    let short = Unwell { deadline: at(23), ..unwell.clone() };
+    assert_eq!(step(&job, &record, &fails(Some(3))), Some(Step::NoteUnwell(short)), "the probe's own outweighs it");
+    record.attempt.as_mut().unwrap().unwell = Some(unwell);
+    assert_eq!(step(&job, &record, &fails(None)), Some(Step::SignalMain));
+    assert_eq!(next(&job, Some(&record), &Observed { stopping: true, ..fails(None) }, 50).steps, [Step::Kill]);
+    // A process that takes its signal well is restarted by the policy all the same, if that says so.
+    record.attempt.as_mut().unwrap().main =
+        Main::Ended { code: Some(143), started: Some(at(2)), at: at(12), why: None };
+    let gone = Observed { drained: true, ..exit_seen(ExitCause::Killed) };
+    assert!(matches!(step(&job, &record, &gone), Some(Step::End { ended, terminal: None }) if ended.exit_code == 143));
+}
+
+#[test]
+fn a_machine_that_is_told_to_shut_down_has_not_succeeded() {
+    let vm = pod("OnFailure", false);
+    let mut record = started(Main::Unstarted);
+    record.attempt.as_mut().unwrap().unwell = Some(Unwell { what: "liveness probe".to_owned(), deadline: at(40) });
+    let off = Observed { drained: true, ..exit_seen(ExitCause::GuestShutdown) };
+    let end = step(&vm, &record, &off);
+    assert!(matches!(&end, Some(Step::End { ended, terminal: None }) if ended.exit_code == 143), "{end:?}");
+}
+
+#[test]
+fn hooks_run_once_and_in_their_place() {
+    let job = with_hooks(pod("Always", true));
+    let ready = Observed { guest_ready: true, ..seen(MachineSeen::Live) };
+    let mut record = started(Main::Asked);
+    assert_eq!(step(&job, &record, &ready), Some(Step::Run(Job::StartMain)));
+    record.attempt.as_mut().unwrap().main = Main::Started(at(2));
+    assert_eq!(step(&job, &record, &ready), Some(Step::Run(Job::PostStart)));
+    record.attempt.as_mut().unwrap().hooked = true;
+    assert_eq!(step(&job, &record, &ready), None);
+    record.stop = Some(Stop { why: StopReason::Deleted, deadline: at(40) });
+    let gone = deleted(job, 30);
+    assert_eq!(step(&gone, &record, &ready), Some(Step::PreStop));
+    let running = Observed { pre_stop: HookSeen::Running, ..ready.clone() };
+    let waits = next(&gone, Some(&record), &running, 20);
+    assert_eq!((waits.steps, waits.wake), (Vec::new(), Some(at(40))));
+    assert_eq!(next(&gone, Some(&record), &running, 40).steps, [Step::Kill], "a hook has no longer than its pod");
+    assert_eq!(step(&gone, &record, &Observed { pre_stop: HookSeen::Done, ..ready }), Some(Step::SignalMain));
 }

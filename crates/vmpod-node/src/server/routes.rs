@@ -176,7 +176,6 @@ async fn resource_metrics(State(app): State<Arc<App>>) -> Response {
     ([(header::CONTENT_TYPE, PROMETHEUS)], metrics::resource(stats.ok().as_ref())).into_response()
 }
 
-/// Results of probes: there are no probes yet, so there is nothing to count.
-async fn probe_metrics() -> Response {
-    ([(header::CONTENT_TYPE, OPEN_METRICS)], "# EOF\n").into_response()
+async fn probe_metrics(State(app): State<Arc<App>>) -> Response {
+    ([(header::CONTENT_TYPE, OPEN_METRICS)], app.runtime.probes()).into_response()
 }

@@ -285,6 +285,9 @@ pub trait Runtime: Send + Sync + 'static {
     /// Connects to a TCP port of the pod's guest. An error here is a refused or unreachable port.
     async fn port_forward(&self, pod: &PodRef, port: u16) -> io::Result<Box<dyn Duplex>>;
 
+    /// Answers to probes, in the `OpenMetrics` format.
+    fn probes(&self) -> String;
+
     /// What the node and its pods use.
     async fn stats(&self) -> Result<NodeStats, RuntimeError>;
 }

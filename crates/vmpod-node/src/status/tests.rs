@@ -39,6 +39,8 @@ fn attempt(number: u32, started: Option<i64>, main: Main) -> Attempt {
         main,
         ended: None,
         boots: false,
+        hooked: false,
+        unwell: None,
     }
 }
 

@@ -10,9 +10,10 @@ use super::{Flow, Input, Local, MAIN, Worker};
 use crate::{
     error_chain,
     events::Kind,
-    plan::{Job, Step},
-    pod::{self, PodUid},
-    record::{Attempt, Ended, ImageChoice, Main, Record, Stop, StopReason, Terminal},
+    plan::{HookSeen, Job, Step},
+    pod::{self, PodUid, RestartPolicy},
+    probe::Failed,
+    record::{Attempt, Ended, ImageChoice, Main, Record, Stop, StopReason, Terminal, Unwell},
 };
 
 impl Worker {
@@ -54,6 +55,14 @@ impl Worker {
                 .await
             }
             Step::NoteStop(wish) => self.note_stop(wish).await,
+            Step::NoteUnwell(unwell) => self.note_unwell(unwell).await,
+            Step::PreStop => {
+                self.local.pre_stop = HookSeen::Running;
+                if let Some(machine) = machine {
+                    self.pre_stop(machine);
+                }
+                Flow::On
+            }
             Step::SignalMain => {
                 self.local.stopping = true;
                 if let Some(machine) = machine {
@@ -151,6 +160,8 @@ impl Worker {
             main: Main::Unstarted,
             ended: None,
             boots: false,
+            hooked: false,
+            unwell: None,
         });
         let flow = self.store("attempt begun", next).await;
         if matches!(flow, Flow::On) {
@@ -205,6 +216,41 @@ impl Worker {
         .await
     }
 
+    async fn note_unwell(&mut self, unwell: Unwell) -> Flow {
+        if let Some(pod) = &self.pod {
+            let name = pod::machine_container(pod).map_or("", |container| &container.name);
+            let restarts = if RestartPolicy::of(pod) == RestartPolicy::Never { "" } else { ", will be restarted" };
+            let text = format!("Container {name} failed {}{restarts}", unwell.what);
+            self.world.events.container(pod, Kind::Normal, "Killing", text);
+        }
+        self.change("failure noted", |record| {
+            record.attempt.as_mut()?.unwell = Some(unwell.clone());
+            Some(())
+        })
+        .await
+    }
+
+    /// The postStart hook is over.
+    pub(super) async fn hooked(&mut self, result: Result<(), String>) {
+        match result {
+            Ok(()) => {
+                let changed = self.change("postStart done", |record| {
+                    record.attempt.as_mut()?.hooked = true;
+                    Some(())
+                });
+                // Should the disk be full, the hook runs again.
+                changed.await;
+            }
+            Err(why) => {
+                if let Some(pod) = &self.pod {
+                    let text = format!("PostStartHook failed: {why}");
+                    self.world.events.container(pod, Kind::Warning, "FailedPostStartHook", text);
+                }
+                self.local.hook_failed = Some(Failed { what: "postStart hook".to_owned(), grace: None });
+            }
+        }
+    }
+
     pub(super) async fn end(&mut self, ended: Ended, terminal: Option<Terminal>) -> Flow {
         let restarts = terminal.is_none();
         let flow = self
@@ -249,6 +295,8 @@ impl Worker {
             tracing::warn!(pod = %self.uid, error = error_chain(&error), "can't remove what is left of the pod");
             return Flow::Stuck;
         }
+        self.local = Local::default();
+        self.world.probes.forget(&self.uid);
         self.world.ledger.release(&self.uid);
         self.world.pods().remove(&self.uid);
         Flow::Over
@@ -298,6 +346,8 @@ fn lost_attempt(pod: &Pod, uid: &PodUid, now: Timestamp) -> Option<Attempt> {
         started,
         main: Main::Unstarted,
         boots: false,
+        hooked: false,
+        unwell: None,
         ended: Some(Ended {
             machine: uid.machine(number),
             exit_code,

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use k8s_openapi::api::core::v1::LifecycleHandler;
 use kube::{
     Api,
     api::{DeleteParams, Preconditions},
@@ -9,9 +10,15 @@ use kube::{
 use vmpod_machine::{Arch, GuestError, MachineError, MainCommand};
 
 use super::{
-    Failure, ImageChoice, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull, pod,
+    Failure, ImageChoice, Input, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull,
+    pod,
 };
-use crate::{env::Facts, limited, snapshots, translate, world::Wanted};
+use crate::{
+    action::{Action, Place},
+    env::Facts,
+    limited, snapshots, translate,
+    world::Wanted,
+};
 
 impl Failure {
     pub(super) fn new(reason: &str, message: impl Into<String>) -> Self {
@@ -36,6 +43,7 @@ impl Worker {
                 }))
             }
             Job::StartMain => Some(self.start_main(machine?)),
+            Job::PostStart => self.post_start(machine?),
             Job::Remove => self.remove(),
             Job::Delete => self.delete(),
         }
@@ -168,6 +176,27 @@ impl Worker {
         })
     }
 
+    /// A hook that fails is not tried again: what it came to is the job's outcome.
+    fn post_start(&self, machine: &Machine) -> Option<Work> {
+        let (pod, machine, run) = (self.pod.clone()?, machine.clone(), self.run.clone());
+        Some(Box::pin(async move { Ok(Outcome::Hooked(hook(&pod, pod::post_start, &machine, run.as_deref()).await)) }))
+    }
+
+    /// Runs the preStop hook beside the worker. Its container is ended afterwards, whatever it came to.
+    pub(super) fn pre_stop(&mut self, machine: &Machine) {
+        let Some(pod) = self.pod.clone() else { return };
+        let (machine, run, send, world) =
+            (machine.clone(), self.run.clone(), self.send.clone(), Arc::clone(&self.world));
+        self.tasks.spawn(async move {
+            if let Err(why) = hook(&pod, pod::pre_stop, &machine, run.as_deref()).await {
+                let text = format!("PreStopHook failed: {why}");
+                world.events.container(&pod, crate::events::Kind::Warning, "FailedPreStopHook", text);
+            }
+            // Nobody listens any more: the worker is over.
+            send.send(Input::PreStopped(machine.id().clone())).ok();
+        });
+    }
+
     /// Removes the machine of the current attempt, whatever its condition.
     fn remove(&self) -> Option<Work> {
         let (world, id) = (Arc::clone(&self.world), self.record.as_ref()?.machine()?);
@@ -197,5 +226,22 @@ impl Worker {
                 Err(error) => Err(Failure::new("FailedKillPod", error_chain(&error))),
             }
         }))
+    }
+}
+
+/// Runs a hook, for as long as the machine runs.
+async fn hook(
+    pod: &Pod,
+    which: fn(&Pod) -> Option<&LifecycleHandler>,
+    machine: &Machine,
+    run: Option<&RunConfig>,
+) -> Result<(), String> {
+    let Some(container) = pod::machine_container(pod) else { return Ok(()) };
+    let Some(action) = which(pod).and_then(Action::of_hook) else { return Ok(()) };
+    let (mut state, guest) = (machine.state(), machine.guest());
+    let place = Place { guest: &guest, container, run };
+    tokio::select! {
+        result = place.act(action) => result,
+        _ = state.wait_for(vmpod_machine::State::is_final) => Err("the machine has stopped".to_owned()),
     }
 }

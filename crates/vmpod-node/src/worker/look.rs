@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
 use tokio::task::JoinSet;
 use vmpod_machine::{GuestState, Machine, State};
 
@@ -15,7 +15,9 @@ use crate::{
     events::Kind,
     plan::{MachineSeen, Observed, Resolved},
     pod,
-    record::Main,
+    probe::Verdict,
+    prober::{Prober, Subject},
+    record::{Attempt, Main},
     status, volumes,
     world::{View, Wanted},
 };
@@ -89,6 +91,42 @@ impl Worker {
                 send.send(Input::MainEnded(ended)).ok();
             });
         }
+        self.attend_probes(machine);
+    }
+
+    /// Begins to ask the probes once the container runs, which for a machine without a command is when its guest answers.
+    fn attend_probes(&mut self, machine: &Machine) {
+        let (Some(pod), Some(attempt)) = (&self.pod, self.attempt()) else { return };
+        let Some(container) = pod::machine_container(pod).filter(|container| has_probes(container)) else { return };
+        let live = matches!(&*machine.state().borrow(), State::Running);
+        if self.local.prober.is_some()
+            || !live
+            || attempt.unwell.is_some()
+            || (pod::post_start(pod).is_some() && !attempt.hooked)
+        {
+            return;
+        }
+        let answers = matches!(&*machine.guest().ready().borrow(), GuestState::Ready)
+            && (self.local.keeper.is_none() || self.local.mounted);
+        let since = match attempt.main {
+            Main::Started(at) => at,
+            Main::Unstarted if !self.has_main() && answers => Timestamp::now(),
+            Main::Unstarted | Main::Asked | Main::Ended { .. } => return,
+        };
+        let known = shown(pod, attempt.number, machine);
+        let subject = Subject { guest: machine.guest(), container: container.clone(), run: self.run.clone(), since };
+        let (world, pod, uid) = (Arc::clone(&self.world), Arc::clone(pod), self.uid.clone());
+        self.local.prober = Some(Prober::start(subject, known, move |purpose, answer| {
+            world.probes.count(&uid, &pod, purpose, answer.is_ok());
+            if let Err(why) = answer {
+                let text = format!("{} probe failed: {why}", purpose.title());
+                world.events.container(&pod, Kind::Warning, "Unhealthy", text);
+            }
+        }));
+    }
+
+    fn attempt(&self) -> Option<&Attempt> {
+        self.record.as_ref()?.attempt.as_ref().filter(|attempt| attempt.ended.is_none())
     }
 
     /// A pull that failed a moment ago is a pull that waits.
@@ -127,7 +165,19 @@ impl Worker {
         };
         let drained = self.local.no_output
             || self.local.collector.as_ref().is_some_and(|collector| *collector.drained().borrow());
+        let container = self.pod.as_deref().and_then(pod::machine_container);
+        let verdict = match &self.local.prober {
+            Some(prober) => Some(prober.verdict().borrow().clone()),
+            None => container.map(|container| Verdict::before(container, None)),
+        };
+        let hooked = self.pod.as_deref().and_then(pod::post_start).is_none()
+            || self.attempt().is_some_and(|attempt| attempt.hooked);
+        let failed = self.local.hook_failed.clone().or_else(|| verdict.as_ref()?.failed.clone());
         Observed {
+            failed,
+            unstarted: verdict.as_ref().is_some_and(|verdict| !verdict.started),
+            unready: !hooked || verdict.as_ref().is_some_and(|verdict| !verdict.ready),
+            pre_stop: self.local.pre_stop,
             machine: seen,
             restored: machine.is_some_and(|machine| machine.spec().template().is_some()),
             guest_ready,
@@ -178,4 +228,16 @@ impl Worker {
             quiet,
         });
     }
+}
+
+fn has_probes(container: &Container) -> bool {
+    container.startup_probe.is_some() || container.liveness_probe.is_some() || container.readiness_probe.is_some()
+}
+
+/// Whether the API shows this very container as started, and as ready: an agent that comes back goes on from there.
+fn shown(pod: &Pod, attempt: u32, machine: &Machine) -> Option<(bool, bool)> {
+    let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+    let same = u32::try_from(status.restart_count) == Ok(attempt)
+        && status.container_id.as_deref() == Some(&format!("vmpod://{}", machine.id()));
+    same.then(|| (status.started.unwrap_or(false), status.ready))
 }
