@@ -76,7 +76,7 @@ pub(crate) fn status(
         .flatten()
         .filter_map(|status| status.conditions.as_deref())
         .flatten();
-    let conditions = conditions(&known, &view.conditions(ready, succeeded, name), generation, now);
+    let conditions = conditions(&known, &view.conditions(ready, succeeded, name, gate(pod)), generation, now);
     let address = record.address.filter(|_| view.has_address).map(|address| address.to_string());
     PodStatus {
         phase: Some(phase.to_owned()),
@@ -92,6 +92,24 @@ pub(crate) fn status(
         observed_generation: generation,
         ..PodStatus::default()
     }
+}
+
+/// What the pod's readiness gates say against it, in the kubelet's words (pkg/kubelet/status/generate.go).
+fn gate(pod: &Pod) -> Option<String> {
+    let gates = pod::spec(pod)?.readiness_gates.as_deref().unwrap_or_default();
+    let known = pod.status.as_ref().and_then(|status| status.conditions.as_deref()).unwrap_or_default();
+    let against = gates.iter().filter_map(|gate| {
+        let name = &gate.condition_type;
+        match known.iter().find(|condition| condition.type_ == *name) {
+            None => Some(format!("corresponding condition of pod readiness gate {name:?} does not exist.")),
+            Some(condition) if condition.status != "True" => {
+                Some(format!("the status of pod readiness gate {name:?} is not \"True\", but {}", condition.status))
+            }
+            Some(_) => None,
+        }
+    });
+    let against: Vec<String> = against.collect();
+    (!against.is_empty()).then(|| against.join(", "))
 }
 
 /// An image's identity as the runtime reports it: the repository at the digest.
@@ -178,7 +196,8 @@ impl View {
         }
     }
 
-    fn conditions(&self, ready: bool, succeeded: Option<bool>, container: &str) -> [Said; 5] {
+    /// `gate` is what keeps a pod from being ready whose containers are.
+    fn conditions(&self, ready: bool, succeeded: Option<bool>, container: &str, gate: Option<String>) -> [Said; 5] {
         let unready =
             || Said::no("", "ContainersNotReady", Some(format!("containers with unready status: [{container}]")));
         let (ready, initialized) = match succeeded {
@@ -187,12 +206,16 @@ impl View {
             None if ready => (Said::yes(""), Said::yes("")),
             None => (unready(), Said::yes("")),
         };
+        let pod_ready = match gate {
+            Some(why) if ready.status => Said::no("", "ReadinessGatesNotReady", Some(why)),
+            _ => ready.clone(),
+        };
         let sandbox =
             if self.sandbox && succeeded.is_none() { Said::yes("") } else { Said { status: false, ..Said::yes("") } };
         [
             sandbox.named(OWN_CONDITIONS[0]),
             initialized.named(OWN_CONDITIONS[1]),
-            ready.clone().named(OWN_CONDITIONS[2]),
+            pod_ready.named(OWN_CONDITIONS[2]),
             ready.named(OWN_CONDITIONS[3]),
             Said::yes(OWN_CONDITIONS[4]),
         ]

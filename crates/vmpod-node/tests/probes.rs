@@ -114,7 +114,9 @@ async fn probes_say_when_a_container_has_started_and_whether_it_is_ready() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_container_that_is_not_alive_is_ended_and_starts_again() {
-    for args in [json!(["serve"]), json!([])] {
+    // Each waits for its back-off.
+    let commands = [json!(["serve"]), json!([])];
+    futures::future::join_all(commands.map(async |args| {
         let (host, switches) = (Host::new().await, Switches::default());
         switches.set(ALIVE, true);
         host.world.set_default(switches.script());
@@ -131,7 +133,8 @@ async fn a_container_that_is_not_alive_is_ended_and_starts_again() {
         assert!(reasons.contains(&"Unhealthy".to_owned()) && reasons.contains(&"Killing".to_owned()), "{reasons:?}");
         node.stop().await;
         assert_eq!(host.api.violations(), Vec::<String>::new());
-    }
+    }))
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

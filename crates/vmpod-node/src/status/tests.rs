@@ -219,3 +219,43 @@ fn image_ids_name_the_repository() {
     assert_eq!(image_id("r.example:5000/a/b", "sha256:ab"), "r.example:5000/a/b@sha256:ab");
     assert_eq!(image_id("r.example/a@sha256:00", "sha256:ab"), "r.example/a@sha256:ab");
 }
+
+#[test]
+fn readiness_gates_hold_back_the_pod_and_not_its_containers() {
+    let gated = |status: Option<&str>| {
+        let mut pod = pod("Always", false);
+        let gates = json!([{"conditionType": "lb"}]);
+        pod.spec.as_mut().unwrap().readiness_gates = serde_json::from_value(gates).unwrap();
+        if let Some(status) = status {
+            let condition = serde_json::from_value(json!({"type": "lb", "status": status})).unwrap();
+            pod.status.as_mut().unwrap().conditions.as_mut().unwrap().push(condition);
+        }
+        let record = Record { attempt: Some(attempt(0, Some(1), Main::Unstarted)), ..record() };
+        let conditions = of(&pod, &record, &live(true)).conditions.unwrap();
+        let of = |kind: &str| conditions.iter().find(|c| c.type_ == kind).unwrap().clone();
+        assert_eq!(of("ContainersReady").status, "True");
+        let ready = of("Ready");
+        (ready.status, ready.reason, ready.message)
+    };
+    let not = |message: &str| ("False".to_owned(), Some("ReadinessGatesNotReady".to_owned()), Some(message.to_owned()));
+    assert_eq!(gated(None), not("corresponding condition of pod readiness gate \"lb\" does not exist."));
+    assert_eq!(gated(Some("False")), not("the status of pod readiness gate \"lb\" is not \"True\", but False"));
+    assert_eq!(gated(Some("True")), ("True".to_owned(), None, None));
+}
+
+#[test]
+fn probes_and_hooks_decide_whether_a_container_is_ready() {
+    let record = Record { attempt: Some(attempt(0, Some(1), Main::Unstarted)), ..record() };
+    let said = |record: &Record, seen: &Observed| {
+        let status = of(&pod("Always", false), record, seen);
+        let container = status.container_statuses.unwrap().remove(0);
+        (container.started.unwrap(), container.ready)
+    };
+    assert_eq!(said(&record, &live(true)), (true, true));
+    assert_eq!(said(&record, &Observed { unready: true, ..live(true) }), (true, false));
+    assert_eq!(said(&record, &Observed { unready: true, unstarted: true, ..live(true) }), (false, false));
+    let mut unwell = record;
+    let why = crate::record::Unwell { what: "liveness probe".to_owned(), deadline: at(40) };
+    unwell.attempt.as_mut().unwrap().unwell = Some(why);
+    assert_eq!(said(&unwell, &live(true)), (true, false), "what is being ended takes no more work");
+}
