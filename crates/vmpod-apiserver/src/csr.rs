@@ -9,6 +9,9 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use x509_parser::prelude::FromDer as _;
 
+use crate::auth::authorize::{self, Attributes, Decision};
+use crate::identity::Identity;
+use crate::kinds::Resource;
 use crate::pki::Usage;
 use crate::server::Server;
 use crate::status::Status;
@@ -16,9 +19,45 @@ use crate::store::{Change, EventKind, Object};
 
 /// The storage name of the requests.
 pub(crate) const CSRS: &str = "certificatesigningrequests.certificates.k8s.io";
+const GROUP: &str = "certificates.k8s.io";
 const KUBELET_CLIENT: &str = "kubernetes.io/kube-apiserver-client-kubelet";
 const KUBELET_SERVING: &str = "kubernetes.io/kubelet-serving";
 const CLIENT: &str = "kubernetes.io/kube-apiserver-client";
+
+/// Whether the caller may approve or sign for the signer that a request names: Kubernetes asks for the verbs
+/// `approve` and `sign` on the resource `signers`, by the signer's name or its domain's.
+pub(crate) fn admit(
+    server: &Server,
+    identity: &Identity,
+    resource: &Resource,
+    subresource: Option<&str>,
+    old: Option<&Value>,
+    new: &Value,
+) -> Result<(), Status> {
+    if !resource.is("certificates.CertificateSigningRequest") {
+        return Ok(());
+    }
+    let before = old.unwrap_or(&Value::Null);
+    let verb = match subresource {
+        Some("approval") if before["status"]["conditions"] != new["status"]["conditions"] => "approve",
+        Some("status") if before["status"] != new["status"] => "sign",
+        _ => return Ok(()),
+    };
+    let signer = new["spec"]["signerName"].as_str().unwrap_or_default();
+    let domain = format!("{}/*", signer.split('/').next().unwrap_or_default());
+    let may = |name: &str| allowed(server, identity, verb, "signers", "", name);
+    if may(signer) || may(&domain) {
+        return Ok(());
+    }
+    let name = new["metadata"]["name"].as_str().unwrap_or_default();
+    let why = format!("user not permitted to {verb} requests with signerName {signer:?}");
+    Err(Status::forbidden(resource, name, &why))
+}
+
+fn allowed(server: &Server, identity: &Identity, verb: &str, resource: &str, subresource: &str, name: &str) -> bool {
+    let ask = Attributes { verb, group: GROUP, resource, subresource, name, ..Attributes::default() };
+    authorize::decide(server, identity, &ask) == Decision::Allow
+}
 
 /// Approves and signs requests until `stop` is cancelled.
 pub(crate) async fn run(server: Arc<Server>, stop: CancellationToken) {
@@ -70,7 +109,7 @@ fn plan(server: &Server, csr: &Value, now: jiff::Timestamp) -> Option<Value> {
     let mut next = csr.clone();
     let mut changed = false;
     if !has(csr, "Approved") {
-        if signer != KUBELET_CLIENT || !own_identity(csr) {
+        if signer != KUBELET_CLIENT || !may_become(server, csr) {
             return None;
         }
         add_condition(
@@ -123,13 +162,19 @@ fn is_node(subject: &(String, Vec<String>)) -> bool {
     subject.0.starts_with("system:node:") && subject.1 == [crate::identity::NODES]
 }
 
-/// Whether a node asks for its own certificate, or a bootstrapping host for its first.
-fn own_identity(csr: &Value) -> bool {
-    let Some(subject) = request_pem(csr).and_then(|pem| subject(&pem)) else { return false };
+/// The node that a request is for and the right that its author needs: a node for its own certificate,
+/// a bootstrapping host for its first.
+fn node_wanted(csr: &Value) -> Option<(Identity, &'static str)> {
+    let subject = request_pem(csr).and_then(|pem| subject(&pem)).filter(is_node)?;
     let user = csr["spec"]["username"].as_str().unwrap_or_default();
-    let groups: Vec<&str> = csr["spec"]["groups"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    let bootstrapping = groups.contains(&"system:bootstrappers");
-    is_node(&subject) && (user == subject.0 || bootstrapping)
+    let groups = csr["spec"]["groups"].as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned);
+    let author = Identity { user: user.into(), groups: groups.collect(), ..Identity::default() };
+    Some((author, if user == subject.0 { "selfnodeclient" } else { "nodeclient" }))
+}
+
+fn may_become(server: &Server, csr: &Value) -> bool {
+    node_wanted(csr)
+        .is_some_and(|(author, right)| allowed(server, &author, "create", "certificatesigningrequests", right, ""))
 }
 
 fn signed(server: &Server, csr: &Value, signer: &str, usage: Usage, life: Option<Duration>) -> Result<String, String> {
@@ -181,7 +226,7 @@ mod tests {
         let csr = json!({ "spec": {
             "request": STANDARD.encode(two), "username": "system:node:n1", "groups": [crate::identity::NODES],
         }});
-        assert!(!own_identity(&csr));
+        assert!(node_wanted(&csr).is_none());
         assert_eq!(subject(&request(&[group])), None);
     }
 }

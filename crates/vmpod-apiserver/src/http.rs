@@ -136,15 +136,35 @@ fn caller(server: &Server, request: &Request<Body>, now: Timestamp) -> Result<Id
         (None, Some(token)) => reviews::authenticate(server, token, now).ok_or_else(Status::unauthorized)?.identity,
         (None, None) => Identity::anonymous(),
     };
-    impersonated(identity, request.headers())
+    impersonated(server, identity, request.headers())
 }
 
-/// Administrators may act as somebody else (`kubectl --as`).
-fn impersonated(identity: Identity, headers: &HeaderMap) -> Result<Identity, Status> {
+/// Who may impersonate acts as somebody else (`kubectl --as`).
+fn impersonated(server: &Server, identity: Identity, headers: &HeaderMap) -> Result<Identity, Status> {
+    let Some(other) = wanted_identity(headers)? else { return Ok(identity) };
+    let may = |resource: &str, namespace: &str, name: &str| {
+        let ask = Attributes { verb: "impersonate", resource, namespace, name, ..Attributes::default() };
+        if authorize::decide(server, &identity, &ask) == authorize::Decision::Allow {
+            return Ok(());
+        }
+        Err(Status::forbidden_user(&identity.user, "impersonate", "", resource, name, namespace))
+    };
+    match other.service_account() {
+        Some((namespace, name)) => may("serviceaccounts", namespace, name)?,
+        None => may("users", "", &other.user)?,
+    }
+    for value in headers.get_all("impersonate-group") {
+        may("groups", "", value.to_str().unwrap_or_default())?;
+    }
+    Ok(other)
+}
+
+/// Who the headers say that the caller wants to be.
+fn wanted_identity(headers: &HeaderMap) -> Result<Option<Identity>, Status> {
     let Some(user) = headers.get("impersonate-user") else {
         // Whoever asks to be less must not be answered as who they are.
         let other = headers.keys().find(|name| name.as_str().starts_with("impersonate-"));
-        return other.map_or(Ok(identity), |name| {
+        return other.map_or(Ok(None), |name| {
             Err(Status::bad_request(format!("requested impersonation by {name} without impersonating a user")))
         });
     };
@@ -152,11 +172,13 @@ fn impersonated(identity: Identity, headers: &HeaderMap) -> Result<Identity, Sta
         value.to_str().map(str::to_owned).map_err(|_| Status::bad_request("an impersonation header is not text"))
     };
     let user = text(user)?;
-    if !identity.in_group(crate::identity::MASTERS) {
-        return Err(Status::forbidden_user(&identity.user, "impersonate", "", "users", &user, ""));
+    let mut groups = headers.get_all("impersonate-group").iter().map(text).collect::<Result<Vec<_>, _>>()?;
+    let other = Identity::new(user, groups.clone());
+    if let (true, Some((namespace, _))) = (groups.is_empty(), other.service_account()) {
+        groups = vec!["system:serviceaccounts".into(), format!("system:serviceaccounts:{namespace}")];
+        return Ok(Some(Identity::new(other.user.clone(), groups)));
     }
-    let groups = headers.get_all("impersonate-group").iter().map(text).collect::<Result<Vec<_>, _>>()?;
-    Ok(Identity::new(user, groups))
+    Ok(Some(other))
 }
 
 async fn route(server: Arc<Server>, request: Request<Body>, now: Timestamp) -> Result<Response<Body>, Status> {
@@ -165,13 +187,13 @@ async fn route(server: Arc<Server>, request: Request<Body>, now: Timestamp) -> R
     let target = match path::parse(&path) {
         None => return Err(Status::bad_request("the path is not valid UTF-8")),
         Some(Route::Other) => {
-            authorize::path(&identity, request.method(), &path)?;
+            authorize::path(&server, &identity, request.method(), &path)?;
             return discovery::serve(&server, request.method(), request.headers(), &path);
         }
         Some(Route::Resource(target)) => target,
     };
     let Some((resource, shown)) = resource_of(&server, &target) else {
-        authorize::path(&identity, request.method(), &path)?;
+        authorize::path(&server, &identity, request.method(), &path)?;
         return Ok(respond::not_found_page());
     };
     let query = Query::parse(request.uri().query());
@@ -268,11 +290,13 @@ mod tests {
             let pairs = names
                 .iter()
                 .map(|(name, value)| (http::HeaderName::from_static(name), http::HeaderValue::from_static(value)));
-            impersonated(Identity::admin(), &pairs.collect())
+            wanted_identity(&pairs.collect())
         };
-        assert_eq!(asked(&[]).unwrap(), Identity::admin());
+        assert_eq!(asked(&[]).unwrap(), None);
         let other = asked(&[("impersonate-user", "u"), ("impersonate-group", "g")]).unwrap();
-        assert_eq!(other, Identity::new("u", ["g"]));
+        assert_eq!(other, Some(Identity::new("u", ["g"])));
+        let account = asked(&[("impersonate-user", "system:serviceaccount:t:sa")]).unwrap().unwrap();
+        assert!(account.in_group("system:serviceaccounts:t"));
         for alone in ["impersonate-group", "impersonate-uid", "impersonate-extra-scopes"] {
             assert_eq!(asked(&[(alone, "x")]).unwrap_err().code, 400, "{alone}");
         }

@@ -58,6 +58,12 @@ impl Identity {
         self.groups.iter().any(|g| g == group)
     }
 
+    /// The namespace and name when the caller is a service account.
+    #[must_use]
+    pub fn service_account(&self) -> Option<(&str, &str)> {
+        self.user.strip_prefix("system:serviceaccount:")?.split_once(':')
+    }
+
     /// The node's name when the caller is a kubelet (`system:node:NAME` in `system:nodes`).
     #[must_use]
     pub fn node_name(&self) -> Option<&str> {

@@ -8,6 +8,11 @@
 //!
 //! Everything here is pure: the time, the uid and the random suffix of a generated name are arguments.
 
+/// The storage name of priority classes.
+pub(crate) const PRIORITY_CLASSES: &str = "priorityclasses.scheduling.k8s.io";
+/// The storage name of disruption budgets.
+pub(crate) const BUDGETS: &str = "poddisruptionbudgets.policy";
+
 mod admit;
 mod decode;
 mod defaults;
@@ -19,6 +24,7 @@ mod pod_update;
 mod pod_volumes;
 mod registry;
 mod rules;
+mod rules_policy;
 
 use std::sync::Arc;
 
@@ -133,6 +139,8 @@ pub(crate) struct Context<'a> {
     pub(crate) name: Option<&'a str>,
     /// For a new pod: the service account that it names.
     pub(crate) service_account: Option<&'a Value>,
+    /// For a new pod: its priority class, or the default one.
+    pub(crate) priority_class: Option<&'a Value>,
     /// Who asks.
     pub(crate) user: &'a str,
     /// The groups of who asks.

@@ -13,6 +13,7 @@ pub mod identity;
 mod auth;
 mod csr;
 mod discovery;
+mod disruption;
 mod events;
 mod gc;
 mod http;
@@ -24,6 +25,7 @@ mod scheduler;
 mod serve;
 mod server;
 mod store;
+mod supervise;
 mod time;
 
 // The pure half.
@@ -129,7 +131,11 @@ impl ApiServer {
             .map_err(|error| ApiServerError::Provision(error.to_string()))??;
         let address = listener.as_ref().map(Listener::address);
         let server = Arc::new(Server::new(store, pki, signer, kubelets, address));
-        namespaces::provision_built_in(&server).await.map_err(|status| ApiServerError::Provision(status.message))?;
+        let begun = async {
+            auth::defaults::provision(&server).await?;
+            namespaces::provision_built_in(&server).await
+        };
+        begun.await.map_err(|status: status::Status| ApiServerError::Provision(status.message))?;
         Ok(Self { server, listener: Arc::new(Mutex::new(listener)) })
     }
 
@@ -169,15 +175,22 @@ impl ApiServer {
         served.map_err(ApiServerError::Serve)
     }
 
-    /// Runs the controllers only (for clients in this process) until `stop` is cancelled.
+    /// Runs the controllers only (for clients in this process) until `stop` is cancelled. One that panics begins anew.
     pub async fn run_controllers(&self, stop: CancellationToken) {
         let server = &self.server;
+        macro_rules! keep {
+            ($name:literal, $run:path) => {
+                supervise::keep($name, stop.clone(), || $run(server.clone(), stop.clone()))
+            };
+        }
         tokio::join!(
-            namespaces::run(server.clone(), stop.clone()),
-            scheduler::run(server.clone(), stop.clone()),
-            gc::run(server.clone(), stop.clone()),
-            csr::run(server.clone(), stop.clone()),
-            nodes::run(server.clone(), stop.clone()),
+            keep!("namespaces", namespaces::run),
+            keep!("scheduler", scheduler::run),
+            keep!("garbage collection", gc::run),
+            keep!("signing requests", csr::run),
+            keep!("nodes", nodes::run),
+            keep!("disruption budgets", disruption::run),
+            keep!("bootstrap tokens", auth::bootstrap::run),
         );
     }
 

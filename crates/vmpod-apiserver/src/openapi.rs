@@ -9,7 +9,7 @@ use std::sync::{Arc, LazyLock};
 use k8s_openapi::api::{
     authentication::v1 as authentication, authorization::v1 as authorization, autoscaling::v1 as autoscaling,
     certificates::v1 as certificates, coordination::v1 as coordination, core::v1 as core, events::v1 as events,
-    policy::v1 as policy,
+    policy::v1 as policy, rbac::v1 as rbac, scheduling::v1 as scheduling,
 };
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1 as apiextensions;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1 as meta;
@@ -49,6 +49,12 @@ static DEFINITIONS: LazyLock<BTreeMap<String, Value>> = LazyLock::new(|| {
         SchemaGenerator::subschema_for::<certificates::CertificateSigningRequest>,
         SchemaGenerator::subschema_for::<events::Event>,
         SchemaGenerator::subschema_for::<policy::Eviction>,
+        SchemaGenerator::subschema_for::<policy::PodDisruptionBudget>,
+        SchemaGenerator::subschema_for::<rbac::ClusterRole>,
+        SchemaGenerator::subschema_for::<rbac::ClusterRoleBinding>,
+        SchemaGenerator::subschema_for::<rbac::Role>,
+        SchemaGenerator::subschema_for::<rbac::RoleBinding>,
+        SchemaGenerator::subschema_for::<scheduling::PriorityClass>,
         SchemaGenerator::subschema_for::<meta::DeleteOptions>,
         SchemaGenerator::subschema_for::<meta::ObjectMeta>,
         SchemaGenerator::subschema_for::<meta::ListMeta>,

@@ -286,6 +286,7 @@ async fn bind(server: &Server, key: &Key, uid: &str, node: &str) -> Result<Value
         namespace: key.namespace(),
         name: Some(&key.name),
         service_account: None,
+        priority_class: None,
         user: "system:kube-scheduler",
         groups: &[],
         apply: false,

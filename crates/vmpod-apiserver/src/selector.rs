@@ -220,6 +220,33 @@ impl LabelSelector {
         parser.requirements().map(Self).map_err(Status::bad_request)
     }
 
+    /// The selector that an object holds (`matchLabels` and `matchExpressions`). An empty one matches everything;
+    /// what can't be understood was refused when the object was written, and matches nothing.
+    #[must_use]
+    pub(crate) fn of(selector: &Value) -> Self {
+        let words = |value: &Value| -> Vec<String> {
+            value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let labels = selector["matchLabels"].as_object().into_iter().flatten();
+        let mut out: Vec<Requirement> = labels
+            .map(|(key, value)| Requirement {
+                key: key.clone(),
+                test: Test::In(vec![value.as_str().unwrap_or_default().to_owned()]),
+            })
+            .collect();
+        for expression in selector["matchExpressions"].as_array().into_iter().flatten() {
+            let test = match text(expression, &["operator"]) {
+                "NotIn" => Test::NotIn(words(&expression["values"])),
+                "Exists" => Test::Exists,
+                "DoesNotExist" => Test::Absent,
+                "In" => Test::In(words(&expression["values"])),
+                _ => Test::In(Vec::new()),
+            };
+            out.push(Requirement { key: text(expression, &["key"]).to_owned(), test });
+        }
+        Self(out)
+    }
+
     /// Whether an object's labels match.
     #[must_use]
     pub(crate) fn matches(&self, object: &Value) -> bool {

@@ -23,6 +23,7 @@ pub(crate) struct Server {
     pub(crate) kubelets: Kubelets,
     /// Where the TLS listener is, when there is one.
     pub(crate) address: Option<SocketAddr>,
+    pub(crate) policy: crate::auth::policy::Cached,
     registry: RwLock<Registry>,
 }
 
@@ -43,7 +44,9 @@ impl From<StoreError> for Status {
 
 impl Server {
     pub(crate) fn new(store: Store, pki: Pki, signer: Signer, kubelets: Kubelets, address: Option<SocketAddr>) -> Self {
-        let server = Self { store, pki, signer, kubelets, address, registry: RwLock::new(Registry::builtin()) };
+        let policy = crate::auth::policy::Cached::default();
+        let registry = RwLock::new(Registry::builtin());
+        let server = Self { store, pki, signer, kubelets, address, policy, registry };
         server.refresh_registry();
         server
     }

@@ -24,7 +24,7 @@ fn allow_if(yes: bool, why: impl FnOnce() -> String) -> Decision {
 }
 
 /// The value that a field selector demands of a field.
-fn selected<'a>(selector: &'a str, field: &str) -> Option<&'a str> {
+pub(super) fn selected<'a>(selector: &'a str, field: &str) -> Option<&'a str> {
     selector.split(',').find_map(|term| {
         let (name, value) = term.split_once('=')?;
         (name == field).then(|| value.trim_start_matches('='))

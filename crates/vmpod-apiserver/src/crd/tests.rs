@@ -34,6 +34,7 @@ fn context() -> Context<'static> {
         namespace: Some("ns"),
         name: Some("h"),
         service_account: None,
+        priority_class: None,
         user: "admin",
         groups: &[],
         patch: false,

@@ -33,7 +33,7 @@ impl Options {
 
     /// With a precondition, so that only the very object that was looked at goes.
     pub(crate) fn with_uid(mut self, uid: &str) -> Self {
-        self.given["preconditions"] = json!({ "uid": uid });
+        self.given["preconditions"]["uid"] = uid.into();
         self
     }
 

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::{Call, respond};
 use crate::auth::authorize::{self, Attributes, Decision};
-use crate::auth::node;
 use crate::auth::token::{Bound, Claims, ISSUER, Reference};
-use crate::identity::Identity;
+use crate::auth::{bootstrap, node, policy};
+use crate::identity::{Identity, MASTERS};
 use crate::managed_fields;
 use crate::server::Server;
 use crate::status::{Cause, Status};
@@ -26,8 +26,11 @@ pub(super) fn authenticate(server: &Server, token: &str, now: Timestamp) -> Opti
     check(server, token, now).filter(|found| found.audiences.iter().any(|audience| audience == ISSUER))
 }
 
-/// Checks signature, time, and that everything the token is bound to still exists.
+/// Checks signature, time, and that everything the token is bound to still exists; or that it is a good bootstrap token.
 fn check(server: &Server, token: &str, now: Timestamp) -> Option<Authenticated> {
+    if let Some(identity) = bootstrap::authenticate(server, token, now) {
+        return Some(Authenticated { identity, audiences: vec![ISSUER.into()] });
+    }
     let claims = server.signer.verify(token, now)?;
     let bound = &claims.kubernetes;
     let alive = |resource: &str, namespace: Option<&str>, wanted: &Reference| {
@@ -96,7 +99,7 @@ pub(super) fn review(call: &Call, mut value: Value) -> Result<Response<Body>, St
             access(&call.server, &reviewed(&value["spec"])?, &value["spec"])?
         }
         "SelfSubjectAccessReview" => access(&call.server, &call.identity, &value["spec"])?,
-        "SelfSubjectRulesReview" => rules(call),
+        "SelfSubjectRulesReview" => rules(call, &value),
         other => return Err(Status::internal(format!("{other} isn't answered"))),
     };
     value["status"] = status;
@@ -158,7 +161,9 @@ fn access(server: &Server, identity: &Identity, spec: &Value) -> Result<Value, S
                 },
             )
         }
-        (false, true) if authorize::path_allowed(identity, &text(path, "verb"), &text(path, "path")) => Decision::Allow,
+        (false, true) if authorize::path_allowed(server, identity, &text(path, "verb"), &text(path, "path")) => {
+            Decision::Allow
+        }
         (false, true) => Decision::Pass(String::new()),
         _ => {
             let why = Cause::invalid(
@@ -176,22 +181,29 @@ fn access(server: &Server, identity: &Identity, spec: &Value) -> Result<Value, S
     })
 }
 
-fn rules(call: &Call) -> Value {
-    let paths = json!({ "verbs": ["get"], "nonResourceURLs": ["/healthz", "/livez", "/readyz", "/version", "/api", "/api/*", "/apis", "/apis/*", "/openapi/*"] });
-    if call.identity.in_group(crate::identity::MASTERS) {
-        return json!({
-            "resourceRules": [{ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }],
-            "nonResourceRules": [{ "verbs": ["*"], "nonResourceURLs": ["*"] }],
-            "incomplete": false,
-        });
+/// What the caller may do in a namespace.
+fn rules(call: &Call, review: &Value) -> Value {
+    let namespace = review["spec"]["namespace"].as_str().unwrap_or("default");
+    let policy = policy::of(&call.server);
+    let (mut resources, mut paths) = (Vec::new(), Vec::new());
+    if call.identity.in_group(MASTERS) {
+        // Also without a binding that says so.
+        resources.push(json!({ "verbs": ["*"], "apiGroups": ["*"], "resources": ["*"] }));
+        paths.push(json!({ "verbs": ["*"], "nonResourceURLs": ["*"] }));
     }
-    let own = json!([
-        { "verbs": ["create"], "apiGroups": ["authentication.k8s.io"], "resources": ["selfsubjectreviews"] },
-        { "verbs": ["create"], "apiGroups": ["authorization.k8s.io"], "resources": ["selfsubjectaccessreviews", "selfsubjectrulesreviews"] },
-    ]);
+    for rule in policy.rules(&call.identity, Some(namespace)) {
+        let (list, shown) = (if rule.is_for_paths() { &mut paths } else { &mut resources }, rule.shown());
+        if !list.contains(&shown) {
+            list.push(shown);
+        }
+    }
     // What the node authorizer allows depends on the objects.
     let incomplete = call.identity.node_name().is_some();
-    json!({ "resourceRules": own, "nonResourceRules": [paths], "incomplete": incomplete })
+    let mut answer = json!({ "resourceRules": resources, "nonResourceRules": paths, "incomplete": incomplete });
+    if incomplete {
+        answer["evaluationError"] = "node authorizer does not support user rule resolution".into();
+    }
+    answer
 }
 
 /// The shortest and the default life of a token, in seconds.

@@ -5,6 +5,7 @@ use http::{Method, Request, Response, StatusCode};
 use serde_json::{Value, json};
 
 use super::{Call, DeleteOptions, delete_object, read, respond, reviews, write};
+use crate::disruption;
 use crate::kinds::{self, Context, FieldValidation};
 use crate::patch::{self, PatchKind};
 use crate::proxy;
@@ -91,6 +92,7 @@ async fn bind(call: &Call, pod: &str, request: Request<Body>) -> Result<Response
         namespace: call.target.namespace.as_deref(),
         name: Some(pod),
         service_account: None,
+        priority_class: None,
         user: &call.identity.user,
         groups: &call.identity.groups,
         apply: false,
@@ -104,7 +106,7 @@ async fn bind(call: &Call, pod: &str, request: Request<Body>) -> Result<Response
     Ok(success())
 }
 
-/// Evicts a pod. There are no disruption budgets here, so this is a deletion.
+/// Evicts a pod: a deletion that its disruption budget has to allow.
 async fn evict(call: &Call, request: Request<Body>) -> Result<Response<Body>, Status> {
     only(call, &Method::POST)?;
     let body = call.body(request).await?;
@@ -115,7 +117,14 @@ async fn evict(call: &Call, request: Request<Body>) -> Result<Response<Body>, St
     }
     let modes = options.given["dryRun"].as_array();
     options.dry_run = call.query.dry_run()? || modes.is_some_and(|modes| modes.iter().any(|mode| mode == "All"));
-    delete_object(&call.server, &call.resource, &read::key(call)?, &options).await?;
+    let key = read::key(call)?;
+    let pod = call.server.store.get(&key).ok_or_else(|| Status::not_found(&call.resource, &key.name))?;
+    disruption::admit(&call.server, &key.namespace, &pod.value(), options.dry_run).await?;
+    // The budget was asked about this very pod.
+    if options.given["preconditions"]["uid"].is_null() {
+        options = options.with_uid(pod.uid());
+    }
+    delete_object(&call.server, &call.resource, &key, &options).await?;
     Ok(success())
 }
 
@@ -163,6 +172,7 @@ fn context<'a>(call: &'a Call, manager: &'a str) -> Context<'a> {
         namespace: call.target.namespace.as_deref(),
         name: call.target.name.as_deref(),
         service_account: None,
+        priority_class: None,
         user: &call.identity.user,
         groups: &call.identity.groups,
         apply: false,

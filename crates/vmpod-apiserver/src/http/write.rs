@@ -9,14 +9,14 @@ use rand::RngExt as _;
 use serde_json::Value;
 
 use super::{Call, read, respond};
-use crate::auth::node;
-use crate::kinds::{self, Context, FieldValidation, Format, Resource};
+use crate::auth::{node, policy};
+use crate::kinds::{self, Context, FieldValidation, Format, PRIORITY_CLASSES, Resource};
 use crate::namespaces;
 use crate::patch::{self, PatchKind};
 use crate::server::{CRDS, Server, storage_name};
 use crate::status::Status;
 use crate::store::{Change, Key, Object};
-use crate::{crd, deletion};
+use crate::{crd, csr, deletion};
 
 /// How often a generated name is made anew when it is taken.
 const NAME_TRIES: usize = 8;
@@ -76,11 +76,18 @@ struct Given {
     suffix: String,
     manager: String,
     account: Option<Value>,
+    class: Option<Value>,
 }
 
 impl Given {
     fn new(call: &Call) -> Self {
-        Self { uid: uuid::Uuid::new_v4().to_string(), suffix: suffix(), manager: call.manager(), account: None }
+        Self {
+            uid: uuid::Uuid::new_v4().to_string(),
+            suffix: suffix(),
+            manager: call.manager(),
+            account: None,
+            class: None,
+        }
     }
 
     fn context<'a>(&'a self, call: &'a Call, apply: bool) -> Context<'a> {
@@ -92,6 +99,7 @@ impl Given {
             namespace: call.target.namespace.as_deref(),
             name: call.target.name.as_deref(),
             service_account: self.account.as_ref(),
+            priority_class: self.class.as_ref(),
             user: &call.identity.user,
             groups: &call.identity.groups,
             apply,
@@ -99,11 +107,20 @@ impl Given {
         }
     }
 
-    /// Pods are admitted with their service account.
-    fn find_account(&mut self, call: &Call, value: &Value) -> Result<(), Status> {
+    /// Pods are admitted with their service account and their priority class.
+    fn look_up(&mut self, call: &Call, value: &Value) -> Result<(), Status> {
         if storage_name(&call.resource) != "pods" {
             return Ok(());
         }
+        let class = value["spec"]["priorityClassName"].as_str().filter(|class| !class.is_empty());
+        self.class = match class {
+            Some(class) => call.server.store.get(&Key::new(PRIORITY_CLASSES, None, class)).map(|class| class.value()),
+            None => default_class(&call.server),
+        };
+        self.find_account(call, value)
+    }
+
+    fn find_account(&mut self, call: &Call, value: &Value) -> Result<(), Status> {
         let namespace = call.target.namespace.as_deref().unwrap_or_default();
         let name = kinds::pod_service_account(value);
         match call.server.store.get(&Key::new("serviceaccounts", Some(namespace), name)) {
@@ -119,6 +136,20 @@ impl Given {
         }
         Ok(())
     }
+}
+
+/// The class of pods that name none: of several defaults, the one with the least value.
+fn default_class(server: &Server) -> Option<Value> {
+    let classes = server.store.list(PRIORITY_CLASSES, None).objects;
+    let defaults = classes.iter().map(|class| class.value()).filter(|class| class["globalDefault"] == true);
+    defaults.min_by_key(|class| class["value"].as_i64())
+}
+
+/// What the caller may not write, though he may write the kind.
+fn admit(call: &Call, subresource: Option<&str>, old: Option<&Value>, new: &Value) -> Result<(), Status> {
+    node::admit(&call.server, &call.identity, &call.resource, subresource, old, new)?;
+    policy::admit(&call.server, &call.identity, &call.resource, old, new)?;
+    csr::admit(&call.server, &call.identity, &call.resource, subresource, old, new)
 }
 
 /// Whether a namespace takes new objects.
@@ -169,12 +200,12 @@ pub(super) async fn create(call: &Call, body: &[u8]) -> Result<Response<Body>, S
 async fn create_value(call: &Call, value: Value, apply: bool) -> Result<Written, Status> {
     let dry_run = call.query.dry_run()?;
     let mut given = Given::new(call);
-    given.find_account(call, &value)?;
+    given.look_up(call, &value)?;
     let generated = value["metadata"]["name"].as_str().unwrap_or_default().is_empty() && call.target.name.is_none();
     let dependency = namespace_key(call);
     for attempt in 1.. {
         let prepared = kinds::create(&call.resource, value.clone(), &given.context(call, apply))?;
-        node::admit(&call.server, &call.identity, &call.resource, None, None, &prepared)?;
+        admit(call, None, None, &prepared)?;
         let name = prepared["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let key = Key::new(&storage_name(&call.resource), call.target.namespace.as_deref(), &name);
         let mut taken = false;
@@ -278,7 +309,7 @@ fn changed(
     context: &Context<'_>,
 ) -> Result<Change, Status> {
     let after = kinds::update(&call.resource, subresource, before, value, context)?;
-    node::admit(&call.server, &call.identity, &call.resource, subresource, Some(before), &after)?;
+    admit(call, subresource, Some(before), &after)?;
     if deletion::finished(&call.resource, &after) {
         return Ok(Change::Delete(after));
     }
@@ -316,7 +347,7 @@ pub(super) async fn patch(call: &Call, subresource: Option<&str>, body: &[u8]) -
         if let Ok(decoded) = kinds::decode(&call.resource, body, Format::Yaml, FieldValidation::Ignore)
             && call.server.store.get(&key).is_none()
         {
-            given.find_account(call, &decoded.value)?;
+            given.look_up(call, &decoded.value)?;
         }
     }
     let mut warnings = Vec::new();
@@ -349,7 +380,7 @@ pub(super) async fn patch(call: &Call, subresource: Option<&str>, body: &[u8]) -
             value["metadata"]["name"] = (*key.name).into();
         }
         let prepared = kinds::create(&call.resource, value, &context)?;
-        node::admit(&call.server, &call.identity, &call.resource, None, None, &prepared)?;
+        admit(call, None, None, &prepared)?;
         Ok(Change::Put(prepared))
     })
     .await?;

@@ -60,7 +60,7 @@ fn pod(resource: &Resource, value: &mut Value, context: &Context<'_>) -> Result<
         }
     }
     tolerations(value);
-    priority(resource, value)?;
+    priority(resource, value, context.priority_class)?;
     Ok(())
 }
 
@@ -117,17 +117,13 @@ fn tolerations(pod: &mut Value) {
     }
 }
 
-fn priority(resource: &Resource, pod: &mut Value) -> Result<(), Status> {
+fn priority(resource: &Resource, pod: &mut Value, class: Option<&Value>) -> Result<(), Status> {
     let name = text(pod, &["metadata", "name"]).to_owned();
-    let class = text(pod, &["spec", "priorityClassName"]).to_owned();
-    let value = match class.as_str() {
-        "" => 0,
-        "system-cluster-critical" => 2_000_000_000,
-        "system-node-critical" => 2_000_001_000,
-        other => {
-            return Err(Status::forbidden(resource, &name, &format!("no PriorityClass with name {other} was found")));
-        }
-    };
+    let wanted = text(pod, &["spec", "priorityClassName"]).to_owned();
+    if !wanted.is_empty() && class.is_none() {
+        return Err(Status::forbidden(resource, &name, &format!("no PriorityClass with name {wanted} was found")));
+    }
+    let value = class.and_then(|class| class["value"].as_i64()).unwrap_or_default();
     if let Some(given) = at(pod, &["spec", "priority"]).and_then(Value::as_i64)
         && given != value
     {
@@ -137,8 +133,20 @@ fn priority(resource: &Resource, pod: &mut Value) -> Result<(), Status> {
         return Err(Status::forbidden(resource, &name, &why));
     }
     pod["spec"]["priority"] = value.into();
-    if at(pod, &["spec", "preemptionPolicy"]).is_none() {
-        pod["spec"]["preemptionPolicy"] = "PreemptLowerPriority".into();
+    let policy = class.map(|class| text(class, &["preemptionPolicy"])).filter(|policy| !policy.is_empty());
+    let policy = policy.unwrap_or("PreemptLowerPriority");
+    match at(pod, &["spec", "preemptionPolicy"]).and_then(Value::as_str) {
+        None => pod["spec"]["preemptionPolicy"] = policy.into(),
+        Some(given) if given != policy => {
+            let why = format!(
+                "the string value of PreemptionPolicy ({given}) must not be provided in pod spec; priority admission controller computed {policy} from the given PriorityClass name"
+            );
+            return Err(Status::forbidden(resource, &name, &why));
+        }
+        Some(_) => {}
+    }
+    if let (true, Some(class)) = (wanted.is_empty(), class) {
+        pod["spec"]["priorityClassName"] = class["metadata"]["name"].clone();
     }
     Ok(())
 }

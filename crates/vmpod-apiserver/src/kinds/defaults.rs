@@ -20,6 +20,8 @@ pub(crate) fn default(resource: &Resource, value: &mut Value) {
         "certificates.CertificateSigningRequest" if items(value, &["spec", "usages"]).is_empty() => {
             value["spec"]["usages"] = json!(["digital signature", "key encipherment"]);
         }
+        "rbac.RoleBinding" | "rbac.ClusterRoleBinding" => role_binding(value),
+        "scheduling.PriorityClass" => set(Some(value), "preemptionPolicy", &"PreemptLowerPriority".into()),
         "authentication.TokenRequest" => set(value.get_mut("spec"), "expirationSeconds", &3600.into()),
         _ => {}
     }
@@ -38,6 +40,16 @@ fn set(object: Option<&mut Value>, key: &str, fallback: &Value) {
 fn set_number(object: &mut Map<String, Value>, key: &str, fallback: i64) {
     if object.get(key).and_then(Value::as_i64).unwrap_or(0) == 0 {
         object.insert(key.to_owned(), fallback.into());
+    }
+}
+
+fn role_binding(value: &mut Value) {
+    const GROUP: &str = "rbac.authorization.k8s.io";
+    set(value.get_mut("roleRef"), "apiGroup", &GROUP.into());
+    for subject in value.get_mut("subjects").and_then(Value::as_array_mut).into_iter().flatten() {
+        if matches!(text(subject, &["kind"]), "User" | "Group") {
+            set(Some(subject), "apiGroup", &GROUP.into());
+        }
     }
 }
 

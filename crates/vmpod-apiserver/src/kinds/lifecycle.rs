@@ -72,7 +72,10 @@ fn name_and_stamp(resource: &Resource, value: &mut Value, context: &Context<'_>)
 
 /// Whether the kind counts the changes of its spec.
 fn has_generation(resource: &Resource) -> bool {
-    resource.is_custom() || resource.is("core.Pod") || resource.is("apiext.CustomResourceDefinition")
+    resource.is_custom()
+        || resource.is("core.Pod")
+        || resource.is("apiext.CustomResourceDefinition")
+        || resource.is("policy.PodDisruptionBudget")
 }
 
 /// The parts that a create may not bring: mostly the status.

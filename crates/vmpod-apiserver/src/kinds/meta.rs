@@ -32,7 +32,8 @@ pub(super) fn name_rule(resource: &Resource, name: &str, prefix: bool) -> Vec<St
     if resource.is("core.Namespace") {
         return names::dns_label(judged);
     }
-    if resource.is("certificates.CertificateSigningRequest") || !resource.stored {
+    let any_segment = resource.is("certificates.CertificateSigningRequest") || resource.type_name.starts_with("rbac.");
+    if any_segment || !resource.stored {
         return names::path_segment(judged, prefix);
     }
     names::dns_subdomain(judged)

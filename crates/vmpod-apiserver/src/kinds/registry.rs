@@ -281,7 +281,10 @@ const PLAIN: Row = Row {
 
 const CREATE: Row = Row { verbs: &["create"], ..PLAIN };
 
-const ROWS: [Row; 18] = [
+/// The group of role-based access control.
+const RBAC: &str = "rbac.authorization.k8s.io";
+
+const ROWS: [Row; 24] = [
     Row { ty: "core.Binding", plural: "bindings", ..CREATE },
     Row { ty: "core.ConfigMap", plural: "configmaps", short: &["cm"], ..PLAIN },
     Row { ty: "core.Event", plural: "events", short: &["ev"], ..PLAIN },
@@ -386,6 +389,26 @@ const ROWS: [Row; 18] = [
         namespaced: false,
         short: &["csr"],
         subresources: &[("approval", "", &READ_WRITE), ("status", "", &READ_WRITE)],
+        ..PLAIN
+    },
+    Row {
+        group: "policy",
+        ty: "policy.PodDisruptionBudget",
+        plural: "poddisruptionbudgets",
+        short: &["pdb"],
+        subresources: &[("status", "", &READ_WRITE)],
+        ..PLAIN
+    },
+    Row { group: RBAC, ty: "rbac.ClusterRole", plural: "clusterroles", namespaced: false, ..PLAIN },
+    Row { group: RBAC, ty: "rbac.ClusterRoleBinding", plural: "clusterrolebindings", namespaced: false, ..PLAIN },
+    Row { group: RBAC, ty: "rbac.Role", plural: "roles", ..PLAIN },
+    Row { group: RBAC, ty: "rbac.RoleBinding", plural: "rolebindings", ..PLAIN },
+    Row {
+        group: "scheduling.k8s.io",
+        ty: "scheduling.PriorityClass",
+        plural: "priorityclasses",
+        namespaced: false,
+        short: &["pc"],
         ..PLAIN
     },
     // Another view of the core group's events.

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{Resource, at, items, label_key, label_value, meta, names, pod, pod_update, text};
+use super::{Resource, at, items, label_key, label_value, meta, names, pod, pod_update, rules_policy, text};
 use crate::crd;
 use crate::status::Cause;
 
@@ -20,7 +20,7 @@ pub(super) fn validate(resource: &Resource, value: &Value, causes: &mut Vec<Caus
         "coordination.Lease" => lease(value, causes),
         "certificates.CertificateSigningRequest" => signing_request(value, causes),
         "apiext.CustomResourceDefinition" => crd::validate_definition(value, causes),
-        _ => {}
+        _ => rules_policy::validate(resource, value, causes),
     }
 }
 
@@ -62,7 +62,10 @@ pub(super) fn validate_update(
         "coordination.Lease" => lease(new, causes),
         "certificates.CertificateSigningRequest" => signing_request_update(subresource, new, old, causes),
         "apiext.CustomResourceDefinition" => crd::validate_definition_update(new, old, causes),
-        _ => {}
+        _ => {
+            rules_policy::validate_update(resource, new, old, causes);
+            rules_policy::validate(resource, new, causes);
+        }
     }
 }
 

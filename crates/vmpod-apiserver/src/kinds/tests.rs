@@ -19,6 +19,7 @@ pub(crate) fn context() -> Context<'static> {
         namespace: Some("ns"),
         name: None,
         service_account: None,
+        priority_class: None,
         user: "admin",
         groups: &[],
         patch: false,

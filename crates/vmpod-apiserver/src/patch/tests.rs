@@ -76,6 +76,7 @@ fn asked(kind: PatchKind, body: &str) -> Result<Patched, Status> {
         namespace: Some("ns"),
         name: Some("c"),
         service_account: None,
+        priority_class: None,
         user: "admin",
         groups: &groups,
         patch: true,

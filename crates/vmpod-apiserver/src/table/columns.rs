@@ -86,7 +86,35 @@ fn rows(resource: &Resource) -> Vec<Row> {
             ("RequestedDuration", 0, "certificates.CertificateSigningRequestSpec.expirationSeconds"),
             ("Condition", 0, "certificates.CertificateSigningRequestStatus.conditions"),
         ],
-        "CustomResourceDefinition" => vec![NAME, ("Created At", 0, "meta.ObjectMeta.creationTimestamp")],
+        "RoleBinding" | "ClusterRoleBinding" => vec![
+            NAME,
+            (
+                "Role",
+                0,
+                if resource.namespaced { "rbac.RoleBinding.roleRef" } else { "rbac.ClusterRoleBinding.roleRef" },
+            ),
+            AGE,
+            ("Users", 1, "=Users in the roleBinding"),
+            ("Groups", 1, "=Groups in the roleBinding"),
+            ("ServiceAccounts", 1, "=ServiceAccounts in the roleBinding"),
+        ],
+        "PriorityClass" => vec![
+            NAME,
+            ("Value", 0, "scheduling.PriorityClass.value"),
+            ("Global-Default", 0, "scheduling.PriorityClass.globalDefault"),
+            AGE,
+            ("PreemptionPolicy", 0, "scheduling.PriorityClass.preemptionPolicy"),
+        ],
+        "PodDisruptionBudget" => vec![
+            NAME,
+            ("Min Available", 0, "policy.PodDisruptionBudgetSpec.minAvailable"),
+            ("Max Unavailable", 0, "policy.PodDisruptionBudgetSpec.maxUnavailable"),
+            ("Allowed Disruptions", 0, "=Calculated number of pods that may be disrupted at this time."),
+            AGE,
+        ],
+        "Role" | "ClusterRole" | "CustomResourceDefinition" => {
+            vec![NAME, ("Created At", 0, "meta.ObjectMeta.creationTimestamp")]
+        }
         _ => vec![NAME, AGE],
     }
 }
@@ -100,7 +128,13 @@ pub(super) fn of(resource: &Resource) -> Vec<Column> {
         .into_iter()
         .map(|(name, priority, source)| Column {
             name: name.to_owned(),
-            kind: if name == "Created At" { "date" } else { "string" }.to_owned(),
+            kind: match name {
+                "Created At" => "date",
+                "Value" | "Allowed Disruptions" => "integer",
+                "Global-Default" => "boolean",
+                _ => "string",
+            }
+            .to_owned(),
             format: if name == "Name" { "name" } else { "" }.to_owned(),
             description: described(source),
             priority,

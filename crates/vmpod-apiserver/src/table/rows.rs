@@ -27,7 +27,27 @@ pub(super) fn cells(resource: &Resource, columns: &[Column], object: &Value, now
         "Event" => event(object, name, now),
         "Lease" => vec![name.into(), text(object, &["spec", "holderIdentity"]).into(), age.into()],
         "CertificateSigningRequest" => signing_request(object, name, &age),
-        "CustomResourceDefinition" => vec![name.into(), text(object, &["metadata", "creationTimestamp"]).into()],
+        "RoleBinding" | "ClusterRoleBinding" => binding(object, name, &age),
+        "PriorityClass" => vec![
+            name.into(),
+            object["value"].as_i64().unwrap_or(0).into(),
+            (object["globalDefault"] == true).into(),
+            age.into(),
+            text(object, &["preemptionPolicy"]).into(),
+        ],
+        "PodDisruptionBudget" => {
+            let amount = |field: &str| at(object, &["spec", field]).map_or_else(|| "N/A".to_owned(), plain);
+            vec![
+                name.into(),
+                amount("minAvailable").into(),
+                amount("maxUnavailable").into(),
+                object["status"]["disruptionsAllowed"].as_i64().unwrap_or(0).into(),
+                age.into(),
+            ]
+        }
+        "Role" | "ClusterRole" | "CustomResourceDefinition" => {
+            vec![name.into(), text(object, &["metadata", "creationTimestamp"]).into()]
+        }
         _ => vec![name.into(), age.into()],
     }
 }
@@ -50,6 +70,23 @@ fn custom_cell(column: &Column, object: &Value, now: Timestamp) -> Value {
 
 fn plain(value: &Value) -> String {
     value.as_str().map_or_else(|| value.to_string(), str::to_owned)
+}
+
+fn binding(object: &Value, name: &str, age: &str) -> Vec<Value> {
+    let role = format!("{}/{}", text(object, &["roleRef", "kind"]), text(object, &["roleRef", "name"]));
+    let subjects = |kind: &str| -> Value {
+        let of_kind = items(object, &["subjects"]).iter().filter(|one| text(one, &["kind"]) == kind);
+        let names: Vec<String> = of_kind
+            .map(|one| match (kind, text(one, &["namespace"])) {
+                ("ServiceAccount", namespace) if !namespace.is_empty() => {
+                    format!("{namespace}/{}", text(one, &["name"]))
+                }
+                _ => text(one, &["name"]).to_owned(),
+            })
+            .collect();
+        names.join(", ").into()
+    };
+    vec![name.into(), role.into(), age.into(), subjects("User"), subjects("Group"), subjects("ServiceAccount")]
 }
 
 fn or_none(text: &str) -> Value {
