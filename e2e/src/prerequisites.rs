@@ -32,6 +32,17 @@ pub fn kubectl() -> Result<PathBuf> {
     need(target().join("tools/kubectl"), "kubectl", "tools")
 }
 
+/// helm.
+pub fn helm() -> Result<PathBuf> {
+    need(target().join("tools/helm"), "helm", "tools")
+}
+
+/// Where the Python packages for tests are.
+pub fn python() -> Result<PathBuf> {
+    need(target().join("tools/python/kopf").join("__init__.py"), "the Python package kopf", "tools")?;
+    need(target().join("tools/python"), "the folder of Python packages", "tools")
+}
+
 /// The guest that boots in seconds, an OCI image layout.
 pub fn tiny() -> Result<PathBuf> {
     need(target().join("guest/tiny.oci"), "the tiny guest", "guest")

@@ -8,6 +8,7 @@
 //! Half of the crate is pure and works on [`serde_json::Value`] (kinds, patches, selectors, tables,
 //! schemas); the other half is the server (store, HTTP, watches, proxy, controllers).
 
+pub mod archive;
 pub mod identity;
 
 mod auth;
@@ -50,6 +51,7 @@ use axum::Router;
 use base64::Engine as _;
 use tokio_util::sync::CancellationToken;
 
+pub use archive::ArchiveError;
 pub use identity::Identity;
 pub use pki::{Issued, Pki, PkiError};
 pub use store::OpenError as StoreOpenError;
@@ -192,6 +194,17 @@ impl ApiServer {
             keep!("disruption budgets", disruption::run),
             keep!("bootstrap tokens", auth::bootstrap::run),
         );
+    }
+
+    /// Every object, but for events and leases, as YAML. It holds the secrets: keep it private.
+    pub fn export(&self) -> Result<String, ArchiveError> {
+        archive::export(&self.server)
+    }
+
+    /// Writes all objects of an archive over those of the same names; returns how many. Nothing is written
+    /// unless the whole archive is good. Meant for an API that serves nobody yet.
+    pub async fn import(&self, archive: &str) -> Result<usize, ArchiveError> {
+        archive::import(&self.server, archive).await
     }
 
     /// The certificate authority.

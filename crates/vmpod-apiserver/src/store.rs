@@ -15,6 +15,8 @@ mod object;
 mod visible;
 
 #[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;
 
 use std::collections::HashMap;
@@ -154,6 +156,10 @@ impl Store {
     /// Opens the store in `file`, or makes it.
     pub(crate) fn open(file: &Path) -> Result<Self, OpenError> {
         let (disk, loaded) = Disk::open(file)?;
+        Self::start(disk, loaded)
+    }
+
+    fn start(disk: Disk, loaded: disk::Loaded) -> Result<Self, OpenError> {
         let shared = Arc::new(Shared {
             head: Mutex::new(Head {
                 revision: loaded.revision,

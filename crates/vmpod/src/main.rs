@@ -1,6 +1,7 @@
 //! The command line: arguments in, other crates' work put together, results out.
 
 mod agent;
+mod archive;
 mod args;
 mod build;
 mod client;
@@ -21,6 +22,7 @@ mod report;
 mod run;
 mod stack;
 mod terminal;
+mod token;
 mod up;
 
 use std::process::ExitCode;
@@ -84,6 +86,8 @@ async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Stop(args) => pods::stop(&home()?, &args).await,
         Command::Doctor(args) => doctor::run(&home()?, &args).await,
         Command::Image(args) => image::run(&home()?, args.command).await,
+        Command::Api(args) => archive::run(&home()?, args.command).await,
+        Command::Token(args) => token::run(&home()?, args.command).await,
         Command::GitlabExecutor(args) => gitlab_executor::run(home, args).await,
         Command::Completions(args) => {
             let mut script = Vec::new();

@@ -12,9 +12,13 @@ use super::{Event, EventKind, Key, Object};
 const OBJECTS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("objects");
 /// `format` and `revision`.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+/// `version`: that of the program which wrote last. Since format 2.
+const WRITER: TableDefinition<'_, &str, &str> = TableDefinition::new("writer");
 
 /// The layout this program writes. A file with a larger number was written by a newer one.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
+/// The version of this program.
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The page cache: all objects are in memory anyway.
 const CACHE: usize = 8 << 20;
 
@@ -28,12 +32,14 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// A newer program wrote it.
-    #[error("the store {} has format {found}, and this version reads up to {FORMAT}: use a newer vmpod, or another directory", path.display())]
+    #[error("the store {} has format {found}, written by {writer}, and this version reads up to {FORMAT}: use a newer vmpod, or another directory", path.display())]
     Newer {
         /// The store's file.
         path: PathBuf,
         /// Its format.
         found: u64,
+        /// The program that wrote it.
+        writer: String,
     },
     /// The file is damaged.
     #[error("the store {} is damaged: {what}; restore it from a backup, or move it away to begin anew", path.display())]
@@ -80,35 +86,81 @@ fn decode(bytes: &[u8]) -> Option<Key> {
     parts.next().is_none().then(|| Key { resource: resource.into(), namespace: namespace.into(), name: name.into() })
 }
 
+fn builder() -> redb::Builder {
+    let mut builder = Database::builder();
+    builder.set_cache_size(CACHE).set_check_integrity_on_open(true);
+    builder
+}
+
+/// The programs' name in a message.
+fn writer_name(version: Option<&str>) -> String {
+    version.map_or_else(|| "an unknown version".into(), |version| format!("vmpod {version}"))
+}
+
 impl Disk {
     pub(super) fn open(path: &Path) -> Result<(Self, Loaded), OpenError> {
         let fresh = !path.exists();
-        let database = Database::builder()
-            .set_cache_size(CACHE)
-            .set_check_integrity_on_open(true)
-            .create(path)
-            .map_err(|error| match error {
-                DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.into() },
-                DatabaseError::UpgradeRequired(found) => {
-                    OpenError::Damaged { path: path.into(), what: format!("it has the unknown file format {found}") }
-                }
-                DatabaseError::Storage(StorageError::Corrupted(what)) => OpenError::Damaged { path: path.into(), what },
-                DatabaseError::Storage(StorageError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
-                    OpenError::Damaged { path: path.into(), what: error.to_string() }
-                }
-                other => OpenError::Io { path: path.into(), source: Box::new(other.into()) },
-            })?;
+        let database = builder().create(path);
+        Self::with(database, fresh, path)
+    }
+
+    /// The store on another kind of file.
+    #[cfg(test)]
+    pub(super) fn on(backend: impl redb::StorageBackend) -> Result<(Self, Loaded), OpenError> {
+        let database = builder().create_with_backend(backend);
+        Self::with(database, false, Path::new("/"))
+    }
+
+    fn with(database: Result<Database, DatabaseError>, fresh: bool, path: &Path) -> Result<(Self, Loaded), OpenError> {
+        let database = database.map_err(|error| match error {
+            DatabaseError::DatabaseAlreadyOpen => OpenError::InUse { path: path.into() },
+            DatabaseError::UpgradeRequired(found) => {
+                OpenError::Damaged { path: path.into(), what: format!("it has the unknown file format {found}") }
+            }
+            DatabaseError::Storage(StorageError::Corrupted(what)) => OpenError::Damaged { path: path.into(), what },
+            DatabaseError::Storage(StorageError::Io(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+                OpenError::Damaged { path: path.into(), what: error.to_string() }
+            }
+            other => OpenError::Io { path: path.into(), source: Box::new(other.into()) },
+        })?;
         let disk = Self { database };
         let io = |source: redb::Error| OpenError::Io { path: path.into(), source: Box::new(source) };
         if fresh || disk.format().map_err(io)?.is_none() {
             disk.begin_file(path).map_err(io)?;
         }
         match disk.format().map_err(io)? {
-            Some(found) if found > FORMAT => return Err(OpenError::Newer { path: path.into(), found }),
+            Some(found) if found > FORMAT => {
+                let writer = writer_name(disk.writer().as_deref());
+                return Err(OpenError::Newer { path: path.into(), found, writer });
+            }
+            Some(found) if found < FORMAT => {
+                disk.migrate(found).map_err(io)?;
+                tracing::info!(store = %path.display(), from = found, to = FORMAT, "the store was brought to a new format");
+            }
+            _ if disk.writer().as_deref() != Some(VERSION) => disk.migrate(FORMAT).map_err(io)?,
             _ => {}
         }
         let loaded = disk.load(path)?;
         Ok((disk, loaded))
+    }
+
+    /// Brings a file of an older format to this program's, in one transaction: it is the one or the other.
+    fn migrate(&self, _from: u64) -> Result<(), redb::Error> {
+        let write = self.database.begin_write()?;
+        {
+            // Format 2 has one table more, and the rest as it was.
+            write.open_table(WRITER)?.insert("version", VERSION)?;
+            write.open_table(META)?.insert("format", FORMAT)?;
+        }
+        write.commit()?;
+        Ok(())
+    }
+
+    /// The version that wrote last. A newer program may keep it elsewhere.
+    fn writer(&self) -> Option<String> {
+        let read = self.database.begin_read().ok()?;
+        let version = read.open_table(WRITER).ok()?.get("version").ok()??.value().to_owned();
+        Some(version)
     }
 
     fn format(&self) -> Result<Option<u64>, redb::Error> {
@@ -127,6 +179,7 @@ impl Disk {
             meta.insert("format", FORMAT)?;
             meta.insert("revision", 1)?;
             write.open_table(OBJECTS)?;
+            write.open_table(WRITER)?.insert("version", VERSION)?;
         }
         write.commit()?;
         // The file's name must survive a power loss too.

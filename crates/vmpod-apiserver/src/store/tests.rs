@@ -72,12 +72,46 @@ async fn is_open_once_and_refuses_newer_and_damaged_files() {
         write.commit().unwrap();
     }
     match Store::open(&file) {
-        Err(OpenError::Newer { found: 99, .. }) => {}
+        Err(error @ OpenError::Newer { found: 99, .. }) => {
+            let said = error.to_string();
+            assert!(said.contains(&format!("written by vmpod {}", env!("CARGO_PKG_VERSION"))), "{said}");
+        }
         other => panic!("{other:?}"),
     }
     std::fs::write(&file, b"this is no database").unwrap();
     let error = Store::open(&file).unwrap_err();
     assert!(matches!(error, OpenError::Damaged { .. } | OpenError::Io { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn an_older_format_is_brought_to_this_one_with_all_it_holds() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("store.redb");
+    let last = {
+        let store = Store::open(&file).unwrap();
+        put(&store, "a", "1").await;
+        put(&store, "b", "2").await
+    };
+    // As the first format was: without the table that the second one added.
+    {
+        let database = redb::Database::create(&file).unwrap();
+        let write = database.begin_write().unwrap();
+        write.open_table(redb::TableDefinition::<&str, u64>::new("meta")).unwrap().insert("format", 1).unwrap();
+        assert!(write.delete_table(redb::TableDefinition::<&str, &str>::new("writer")).unwrap());
+        write.commit().unwrap();
+    }
+    {
+        let store = Store::open(&file).unwrap();
+        assert_eq!(store.revision(), last);
+        assert_eq!(data(&store.get(&key("b")).unwrap()), "2");
+        assert!(put(&store, "c", "3").await > last);
+    }
+    let database = redb::Database::create(&file).unwrap();
+    let read = redb::ReadableDatabase::begin_read(&database).unwrap();
+    let meta = read.open_table(redb::TableDefinition::<&str, u64>::new("meta")).unwrap();
+    assert_eq!(meta.get("format").unwrap().unwrap().value(), 2);
+    let writer = read.open_table(redb::TableDefinition::<&str, &str>::new("writer")).unwrap();
+    assert_eq!(writer.get("version").unwrap().unwrap().value(), env!("CARGO_PKG_VERSION"));
 }
 
 #[tokio::test]
