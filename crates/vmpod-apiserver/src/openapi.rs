@@ -340,6 +340,16 @@ fn add_paths(resource: &Resource, name: &str, gvk: &Value, paths: &mut Map<Strin
     if !resource.stored {
         return;
     }
+    // kubectl sends what is promised here, and nobody knows the merge keys of custom kinds.
+    let operation = |method: &str, action: &str, schema: &Value, gvk: &Value| {
+        let mut operation = operation(method, action, schema, gvk);
+        if resource.is_custom()
+            && let Some(content) = operation.pointer_mut("/requestBody/content").and_then(Value::as_object_mut)
+        {
+            content.remove("application/strategic-merge-patch+json");
+        }
+        operation
+    };
     let mut one = Map::new();
     for (verb, method) in [("get", "get"), ("update", "put"), ("patch", "patch"), ("delete", "delete")] {
         if has(verb) {
@@ -374,6 +384,31 @@ mod tests {
         let pod = &schemas["io.k8s.api.core.v1.Pod"];
         assert_eq!(pod["x-kubernetes-group-version-kind"][0]["kind"], "Pod");
         assert!(document["paths"]["/api/v1/namespaces/{namespace}/pods/{name}"]["patch"].is_object());
+    }
+
+    #[test]
+    fn custom_kinds_promise_no_strategic_merge() {
+        let definition = json!({
+            "metadata": {"name": "herds.example.dev"},
+            "spec": {
+                "group": "example.dev", "scope": "Namespaced", "names": {"kind": "Herd", "plural": "herds", "listKind": "HerdList", "singular": "herd"},
+                "versions": [{"name": "v1", "served": true, "storage": true, "subresources": {"status": {}}, "schema": {"openAPIV3Schema": {"type": "object"}}}],
+            },
+            "status": {
+                "acceptedNames": {"kind": "Herd", "plural": "herds", "listKind": "HerdList", "singular": "herd"},
+                "conditions": [{"type": "Established", "status": "True"}, {"type": "NamesAccepted", "status": "True"}],
+            },
+        });
+        let registry = Registry::builtin().with_crds(&[&definition]);
+        let document = document(&registry, "example.dev", "v1").unwrap();
+        let mut patches = 0;
+        for (path, operations) in document["paths"].as_object().unwrap() {
+            let Some(content) = operations.pointer("/patch/requestBody/content") else { continue };
+            patches += 1;
+            assert!(content.get("application/merge-patch+json").is_some(), "{path}");
+            assert!(content.get("application/strategic-merge-patch+json").is_none(), "{path}");
+        }
+        assert_eq!(patches, 2);
     }
 
     #[test]

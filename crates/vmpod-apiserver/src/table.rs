@@ -49,24 +49,27 @@ pub(crate) fn render(
     headers: bool,
 ) -> Value {
     let columns = columns::of(resource);
-    let rows: Vec<Value> = items
-        .iter()
-        .map(|item| {
-            let mut row = json!({"cells": rows::cells(resource, &columns, item, now)});
-            match include {
-                IncludeObject::None => row["object"] = Value::Null,
-                IncludeObject::Metadata => row["object"] = partial(item),
-                IncludeObject::Object => row["object"] = (*item).clone(),
-            }
-            row
-        })
-        .collect();
+    let row = rows(resource, include, now);
+    let rows: Vec<Value> = items.iter().map(|item| row(item)).collect();
     let definitions: Value =
         if headers { columns.iter().map(columns::Column::definition).collect() } else { Value::Null };
     let mut table =
         json!({"kind": "Table", "apiVersion": "meta.k8s.io/v1", "columnDefinitions": definitions, "rows": rows});
     table["metadata"] = list_metadata;
     table
+}
+
+/// What makes the rows of a table, one by one.
+pub(crate) fn rows(resource: &Resource, include: IncludeObject, now: Timestamp) -> impl Fn(&Value) -> Value {
+    let columns = columns::of(resource);
+    move |item| {
+        let object = match include {
+            IncludeObject::None => Value::Null,
+            IncludeObject::Metadata => partial(item),
+            IncludeObject::Object => item.clone(),
+        };
+        json!({"cells": rows::cells(resource, &columns, item, now), "object": object})
+    }
 }
 
 /// An object's metadata alone.

@@ -242,16 +242,35 @@ fn answer(call: &Call, shape: Shape, meta: Value, page: &[&Arc<Object>]) -> Resu
     if shape == Shape::Object {
         return Ok(respond::json_bytes(StatusCode::OK, list_bytes(&call.shown, &meta, page).freeze()));
     }
-    let values: Vec<Value> = page.iter().map(|object| respond::view(&call.resource, object)).collect();
-    let shaped = if shape == Shape::Table {
+    // One object at a time: many of them, parsed, take ten times the room of their bytes.
+    let (head, name, item): (Value, &str, Box<dyn Fn(&Value) -> Value>) = if shape == Shape::Table {
         let include = IncludeObject::parse(call.query.get("includeObject"))?;
-        let items: Vec<&Value> = values.iter().collect();
-        table::render(&call.resource, &items, include, call.now, meta, true)
+        let table = table::render(&call.resource, &[], include, call.now, meta, true);
+        (table, "rows", Box::new(table::rows(&call.resource, include, call.now)))
     } else {
-        let items: Vec<Value> = values.iter().map(table::partial).collect();
-        json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta, "items": items })
+        let head = json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta });
+        (head, "items", Box::new(table::partial))
     };
-    Ok(respond::json_value(StatusCode::OK, &shaped))
+    let items = page.iter().map(|object| item(&respond::view(&call.resource, object)));
+    Ok(respond::json_bytes(StatusCode::OK, with_items(head, name, items).freeze()))
+}
+
+/// An object whose member `name` is a list, written item by item.
+fn with_items(mut head: Value, name: &str, items: impl Iterator<Item = Value>) -> BytesMut {
+    if let Some(map) = head.as_object_mut() {
+        map.remove(name);
+    }
+    let mut out = BytesMut::new();
+    out.extend_from_slice(respond::serialise(&head).strip_suffix(b"}").unwrap_or_default());
+    out.extend_from_slice(format!(",\"{name}\":[").as_bytes());
+    for (index, item) in items.enumerate() {
+        if index > 0 {
+            out.put_u8(b',');
+        }
+        out.extend_from_slice(&respond::serialise(&item));
+    }
+    out.extend_from_slice(b"]}");
+    out
 }
 
 /// A typed list, put together from stored bytes.
