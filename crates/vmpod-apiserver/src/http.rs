@@ -37,6 +37,9 @@ use accept::Shape;
 use path::{Route, Target};
 use query::Query;
 
+#[cfg(any(fuzzing, test))]
+pub(crate) use protobuf::to_json as protobuf_to_json;
+
 pub(crate) use delete::{Options as DeleteOptions, delete_object};
 
 /// The largest body of a request.

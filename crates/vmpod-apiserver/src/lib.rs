@@ -9,6 +9,8 @@
 //! schemas); the other half is the server (store, HTTP, watches, proxy, controllers).
 
 pub mod archive;
+#[cfg(any(fuzzing, test))]
+pub mod fuzzing;
 pub mod identity;
 
 mod auth;

@@ -7,6 +7,8 @@
 pub(crate) mod set;
 pub(crate) mod typed;
 
+use std::sync::LazyLock;
+
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
@@ -110,7 +112,7 @@ fn path(words: &str) -> Vec<String> {
 }
 
 /// Fields that nobody owns.
-fn unowned() -> Set {
+static UNOWNED: LazyLock<Set> = LazyLock::new(|| {
     let mut out = Set::default();
     for words in [
         "apiVersion",
@@ -127,7 +129,7 @@ fn unowned() -> Set {
         out.insert(&path(words));
     }
     out
-}
+});
 
 /// Fields that a request to this part of the object can't change, and so can't own.
 fn out_of_reach(resource: &Resource, subresource: Option<&str>) -> Set {
@@ -152,7 +154,7 @@ fn out_of_reach(resource: &Resource, subresource: Option<&str>) -> Set {
 fn strip(fields: &Set, resource: &Resource, subresource: Option<&str>) -> Set {
     let mut metadata = Set::default();
     metadata.insert(&path("metadata"));
-    fields.without(&unowned()).without(&out_of_reach(resource, subresource)).difference(&metadata)
+    fields.without(&UNOWNED).without(&out_of_reach(resource, subresource)).difference(&metadata)
 }
 
 /// What an object of this kind is before anything is set.
@@ -191,8 +193,12 @@ pub(crate) fn on_update(
         write(new, list);
         return;
     }
+    // The list of owners is made anew below, and isn't compared.
+    if let Some(metadata) = new.get_mut("metadata").and_then(Value::as_object_mut) {
+        metadata.remove("managedFields");
+    }
     let before = old.map_or_else(|| blank(resource), bare);
-    let comparison = typed::compare(&resource.ty, &before, &bare(new));
+    let comparison = typed::compare(&resource.ty, &before, new);
     let own = Entry {
         manager: manager.to_owned(),
         apply: false,

@@ -265,8 +265,8 @@ impl Store {
             };
             let draft = match change(base.as_ref(), other.as_ref()) {
                 Ok(Change::Keep) => None,
-                Ok(Change::Put(value)) => Some((EventKind::Put, Draft::new(key, &value)?)),
-                Ok(Change::Delete(value)) => Some((EventKind::Delete, Draft::new(key, &value)?)),
+                Ok(Change::Put(value)) => Some((EventKind::Put, Draft::new(key, value)?)),
+                Ok(Change::Delete(value)) => Some((EventKind::Delete, Draft::new(key, value)?)),
                 Err(error) if durable => return Err(error),
                 Err(error) => {
                     // A refusal tells of the state it was computed on, which must be durable first.

@@ -243,16 +243,16 @@ fn answer(call: &Call, shape: Shape, meta: Value, page: &[&Arc<Object>]) -> Resu
         return Ok(respond::json_bytes(StatusCode::OK, list_bytes(&call.shown, &meta, page).freeze()));
     }
     // One object at a time: many of them, parsed, take ten times the room of their bytes.
-    let (head, name, item): (Value, &str, Box<dyn Fn(&Value) -> Value>) = if shape == Shape::Table {
+    if shape == Shape::Table {
         let include = IncludeObject::parse(call.query.get("includeObject"))?;
         let table = table::render(&call.resource, &[], include, call.now, meta, true);
-        (table, "rows", Box::new(table::rows(&call.resource, include, call.now)))
-    } else {
-        let head = json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta });
-        (head, "items", Box::new(table::partial))
-    };
-    let items = page.iter().map(|object| item(&respond::view(&call.resource, object)));
-    Ok(respond::json_bytes(StatusCode::OK, with_items(head, name, items).freeze()))
+        let row = table::rows(&call.resource, include, call.now);
+        let rows = page.iter().map(|object| row(&respond::view(&call.resource, object)));
+        return Ok(respond::json_bytes(StatusCode::OK, with_items(table, "rows", rows).freeze()));
+    }
+    let head = json!({ "kind": "PartialObjectMetadataList", "apiVersion": "meta.k8s.io/v1", "metadata": meta });
+    let items = page.iter().map(|object| table::partial(&respond::view(&call.resource, object)));
+    Ok(respond::json_bytes(StatusCode::OK, with_items(head, "items", items).freeze()))
 }
 
 /// An object whose member `name` is a list, written item by item.

@@ -292,7 +292,7 @@ fn unsupported(message: &str) -> Status {
 }
 
 /// A body as JSON.
-pub(super) fn to_json(bytes: &[u8]) -> Result<Value, Status> {
+pub(crate) fn to_json(bytes: &[u8]) -> Result<Value, Status> {
     let rest = bytes.strip_prefix(MAGIC).ok_or_else(|| malformed("it doesn't begin with k8s"))?;
     let (mut api_version, mut kind, mut raw): (String, String, &[u8]) = (String::new(), String::new(), &[]);
     for (number, wire) in fields(rest)? {

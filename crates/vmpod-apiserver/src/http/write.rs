@@ -203,8 +203,15 @@ async fn create_value(call: &Call, value: Value, apply: bool) -> Result<Written,
     given.look_up(call, &value)?;
     let generated = value["metadata"]["name"].as_str().unwrap_or_default().is_empty() && call.target.name.is_none();
     let dependency = namespace_key(call);
+    // Only a generated name is tried again.
+    let mut again = generated.then(|| value.clone());
+    let mut source = Some(value);
     for attempt in 1.. {
-        let prepared = kinds::create(&call.resource, value.clone(), &given.context(call, apply))?;
+        let Some(value) = source.take().or_else(|| if attempt < NAME_TRIES { again.clone() } else { again.take() })
+        else {
+            break;
+        };
+        let prepared = kinds::create(&call.resource, value, &given.context(call, apply))?;
         admit(call, None, None, &prepared)?;
         let name = prepared["metadata"]["name"].as_str().unwrap_or_default().to_owned();
         let key = Key::new(&storage_name(&call.resource), call.target.namespace.as_deref(), &name);

@@ -97,9 +97,8 @@ static MARK: LazyLock<String> = LazyLock::new(|| format!("rv-{}", uuid::Uuid::ne
 
 impl Draft {
     /// Serialises the object before its revision is known, so that this needn't happen under a lock.
-    pub(super) fn new(key: &Key, value: &Value) -> Result<Self, StoreError> {
-        let digest = digest(&key.resource, value);
-        let mut marked = value.clone();
+    pub(super) fn new(key: &Key, mut marked: Value) -> Result<Self, StoreError> {
+        let digest = digest(&key.resource, &marked);
         if let Some(meta) = marked.get_mut("metadata").and_then(Value::as_object_mut) {
             meta.insert("resourceVersion".into(), MARK.as_str().into());
         }
