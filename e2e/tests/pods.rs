@@ -69,6 +69,10 @@ async fn the_example_pod_lives_and_talks_and_goes() -> Result<()> {
     let got = home.path().join("got");
     home.vmpod(&["cp", "hello:/tmp/sent", &got.to_string_lossy()]).await?.ok()?;
     ensure!(std::fs::read(&got)? == input, "a copy came back changed");
+    up.kubectl_ok(&["cp", &local.to_string_lossy(), "hello:/tmp/by-kubectl"]).await?;
+    let back = home.path().join("back");
+    up.kubectl_ok(&["cp", "hello:/tmp/by-kubectl", &back.to_string_lossy()]).await?;
+    ensure!(std::fs::read(&back)? == input, "kubectl's copy came back changed");
 
     // It goes within its grace period, and all of it.
     ensure!(home.hypervisors() == 1);

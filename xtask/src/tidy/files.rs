@@ -55,6 +55,10 @@ fn code_lines(text: &str) -> usize {
 }
 
 fn takes_the_lints(manifest: &str) -> bool {
+    // A workspace of its own, such as the fuzz targets', can't take them.
+    if manifest.lines().any(|line| line.trim_end() == "[workspace]") {
+        return true;
+    }
     manifest
         .lines()
         .map(str::trim)
@@ -156,6 +160,7 @@ mod tests {
     fn a_manifest_without_the_lints_is_found() {
         assert!(
             found(&[("crates/a/Cargo.toml", "[lints]\n[dependencies]\nworkspace = true\n")])[0].contains("[lints]")
+                && found(&[("fuzz/Cargo.toml", "[package]\n[workspace]\n")]).is_empty()
         );
     }
 
