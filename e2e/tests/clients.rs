@@ -342,7 +342,7 @@ async fn an_export_is_another_homes_import() -> Result<()> {
     // While it runs, and when it doesn't: the same objects.
     home.vmpod(&["api", "export", &file]).await?.ok()?;
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&archive)?.permissions());
-    ensure!(mode & 0o077 == 0, "{mode:o}");
+    ensure!(mode & 0o777 == 0o600, "{mode:o}");
     home.vmpod(&["api", "import", &file]).await?.expect_code(1)?.expect_failure("in use by `vmpod up`")?;
     let running = std::fs::read_to_string(&archive)?;
     up.stop().await?;
