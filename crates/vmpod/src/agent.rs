@@ -1,6 +1,5 @@
 //! The node agent's parts, put together the same way for `up`, `node` and `run`.
 
-use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -55,8 +54,8 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
             ..vmpod_node::ImageGc::default()
         },
         prefetch: args.images.prefetch.clone(),
-        labels: BTreeMap::new(),
-        taints: Vec::new(),
+        labels: args.object.node_label.iter().map(|label| (label.key.clone(), label.value.clone())).collect(),
+        taints: args.object.taint.clone(),
         keep_vms: args.keep_vms,
         snapshot_budget: Some(args.snapshots.bytes).filter(|bytes| *bytes > 0),
         shutdown_grace: args.shutdown_grace,

@@ -5,6 +5,7 @@
 
 mod api;
 mod gitlab_executor;
+mod node;
 pub(crate) mod values;
 
 use std::net::IpAddr;
@@ -15,6 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) use api::{Api, ApiCommand, Token, TokenCommand, TokenCreate};
 pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
+pub(crate) use node::{Node, NodeObject};
 pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
 
 const STYLES: Styles = Styles::styled()
@@ -177,38 +179,6 @@ pub(crate) struct Controller {
     pub(crate) fleet: Fleet,
 }
 
-/// Join this host to a Kubernetes API as a node.
-///
-/// Runs the node agent alone, against the API that a kubeconfig names, until it is interrupted.
-#[derive(Debug, Args)]
-pub(crate) struct Node {
-    /// The kubeconfig of the API and of this node's identity
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) kubeconfig: PathBuf,
-    /// The context of the kubeconfig [default: its current one]
-    #[arg(long, value_name = "CONTEXT")]
-    pub(crate) context: Option<String>,
-    /// The node's name [default: this host's name]
-    #[arg(long, value_name = "NAME", value_parser = values::node_name)]
-    pub(crate) name: Option<String>,
-    #[command(flatten)]
-    pub(crate) kubelet: Kubelet,
-    /// The address that the node reports and its kubelet API listens on
-    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
-    pub(crate) address: IpAddr,
-    /// The certificates that callers of the kubelet API must descend from [default: the kubeconfig's]
-    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
-    pub(crate) client_ca: Option<PathBuf>,
-    /// The kubelet API's certificate [default: one made and signed by this node]
-    #[arg(long, value_name = "FILE", requires = "tls_key", value_hint = ValueHint::FilePath)]
-    pub(crate) tls_cert: Option<PathBuf>,
-    /// The kubelet API's private key
-    #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = ValueHint::FilePath)]
-    pub(crate) tls_key: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) machines: NodeMachines,
-}
-
 #[derive(Debug, Args)]
 pub(crate) struct Kubelet {
     /// The port of the node's kubelet API; 0 picks a free one
@@ -224,6 +194,8 @@ pub(crate) struct NodeMachines {
     /// How many pods this node takes
     #[arg(long, value_name = "N", default_value_t = 110)]
     pub(crate) max_pods: u32,
+    #[command(flatten)]
+    pub(crate) object: NodeObject,
     /// Memory that isn't given to machines, such as 2Gi
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) reserve_memory: Option<Size>,

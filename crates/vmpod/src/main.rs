@@ -3,6 +3,7 @@
 mod agent;
 mod archive;
 mod args;
+mod bootstrap;
 mod build;
 mod client;
 mod commit;

@@ -11,6 +11,7 @@ use vmpod_node::Kubelet;
 
 use crate::agent::{self, Parts};
 use crate::args;
+use crate::bootstrap;
 use crate::client;
 use crate::home::{self, Home, Role};
 use crate::image;
@@ -26,6 +27,12 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
     crate::up::clear_dead_runs(home, &agent::qemu(&args.machines.qemu)).await;
 
     let name = agent::node_name(args.name.as_deref());
+    if let Some(bootstrap) = &args.bootstrap_kubeconfig {
+        tokio::select! {
+            made = bootstrap::ensure(&args.kubeconfig, bootstrap, &name) => made?,
+            interrupt = interrupts.next() => return Ok(Exit::Command(interrupt.code())),
+        }
+    }
     let config = client::config(&args.kubeconfig, args.context.as_deref()).await?;
     let server = config.cluster_url.to_string();
     let listen = SocketAddr::new(args.address, args.kubelet.kubelet_port);

@@ -64,6 +64,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
     let machines = NodeMachines {
         keep_vms: false,
         max_pods: 1,
+        object: args::NodeObject::default(),
         reserve_memory: None,
         // It would be gone before anybody could use it.
         snapshots: args::Size { bytes: 0, quantity: "0".to_owned() },
