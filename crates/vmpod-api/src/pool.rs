@@ -69,6 +69,10 @@ pub struct RunnerPoolSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub placements: Vec<Placement>,
+    /// A machine without a job that is older than so many seconds is replaced by a new one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 300))]
+    pub max_age_seconds: Option<u32>,
     /// How a change of the machines is brought about.
     #[serde(default)]
     pub rollout: Rollout,
@@ -179,6 +183,19 @@ pub struct Scale {
     /// So many wait for jobs beyond those that are wanted now.
     #[serde(default)]
     pub idle: u32,
+    /// Nineteen of twenty jobs should wait less than so many seconds: as many runners wait for jobs as that takes, by the rate
+    /// at which jobs come, the time that a machine needs to start and the time that a job takes, as they were of late.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 86400))]
+    pub queue_wait_target_seconds: Option<u32>,
+    /// At most such a part of the runners, in percent, should have a job: the others are there for the next ones.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 100))]
+    pub utilization: Option<u32>,
+    /// Other bounds at certain times. Where two hold, the later one in the list decides.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32))]
+    pub schedules: Vec<Schedule>,
     /// Exactly so many: what `kubectl scale`, an autoscaler or KEDA writes. Then nothing else of this decides but min and max.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<i32>,
@@ -190,8 +207,48 @@ pub struct Scale {
 
 impl Default for Scale {
     fn default() -> Self {
-        Self { min: 0, max: ten(), idle: 0, replicas: None, scale_down_seconds: five_minutes() }
+        Self {
+            min: 0,
+            max: ten(),
+            idle: 0,
+            queue_wait_target_seconds: None,
+            utilization: None,
+            schedules: Vec::new(),
+            replicas: None,
+            scale_down_seconds: five_minutes(),
+        }
     }
+}
+
+/// Bounds that hold from certain times on for a while.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.min) || has(self.max) || has(self.idle)").message("a schedule changes something: name min, max or idle"))]
+#[x_kube(validation = Rule::new("!has(self.min) || !has(self.max) || self.min <= self.max").message("min must not be greater than max"))]
+pub struct Schedule {
+    /// When it begins: minute, hour, day of the month, month, day of the week, as in a crontab.
+    #[schemars(length(min = 9, max = 256))]
+    pub cron: String,
+    /// The time zone of that, as `Asia/Bangkok`; `UTC` without.
+    #[serde(default = "utc")]
+    #[schemars(length(min = 1, max = 64))]
+    pub time_zone: String,
+    /// How long it holds, in seconds.
+    #[schemars(range(min = 60, max = 604_800))]
+    pub seconds: u32,
+    /// In place of the pool's `min`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<u32>,
+    /// In place of the pool's `max`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max: Option<u32>,
+    /// In place of the pool's `idle`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idle: Option<u32>,
+}
+
+fn utc() -> String {
+    "UTC".to_owned()
 }
 
 /// Where machines run.
@@ -206,6 +263,10 @@ pub struct Placement {
     /// Used only when a job has waited so long, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub after_seconds: Option<u32>,
+    /// With `afterSeconds`: it stays in use until no job has waited that long for so many seconds.
+    #[serde(default = "five_minutes")]
+    #[schemars(range(max = 86400))]
+    pub return_seconds: u32,
     /// Labels that its nodes have.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub node_selector: BTreeMap<String, String>,

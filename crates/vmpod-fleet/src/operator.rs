@@ -338,6 +338,18 @@ impl Operator {
         if matches!(phase, Phase::Idle | Phase::Busy) {
             kept.memory.failures = 0;
         }
+        // What was seen happen, for the estimates.
+        let passed = |from: Timestamp| now.duration_since(from);
+        let up = |phase: Phase| matches!(phase, Phase::Idle | Phase::Busy | Phase::Draining);
+        if up(phase) && !up(status.phase) && !status.phase.is_over() {
+            kept.memory.estimate.started(passed(created));
+        }
+        match (status.phase, phase) {
+            (Phase::Busy, Phase::Busy) => {}
+            (_, Phase::Busy) => kept.memory.estimate.began(),
+            (Phase::Busy, _) => kept.memory.estimate.ended(passed(time(&status.since).unwrap_or(created))),
+            _ => {}
+        }
         if phase != status.phase || (message.is_some() && message != status.message) {
             let status = RunnerStatus {
                 phase,

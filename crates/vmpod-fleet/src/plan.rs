@@ -10,6 +10,9 @@ use jiff::{SignedDuration, Timestamp};
 use vmpod_api::pool::{Placement, RunnerPoolSpec};
 use vmpod_api::runner::Phase;
 
+use crate::estimate::Estimate;
+use crate::schedule::{self, Bounds};
+
 /// So many failures in a row, without a success, of the newest template halt a rollout and slow the pool down.
 const BAD: u32 = 3;
 /// The longest pause between tries of a pool whose runners fail.
@@ -55,7 +58,7 @@ pub enum Demand {
 }
 
 /// What the operator remembers of a pool between two looks. Losing it costs time, never a job.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Memory {
     /// The wanted numbers of late, for the stabilisation of a scale-down.
     pub wanted: Vec<(Timestamp, u32)>,
@@ -63,6 +66,10 @@ pub struct Memory {
     pub failures: u32,
     /// When the last one was.
     pub failed: Option<Timestamp>,
+    /// What jobs and machines were like of late.
+    pub estimate: Estimate,
+    /// The placements that are used only when jobs wait long, and when one last did.
+    pub overflow: BTreeMap<String, Timestamp>,
 }
 
 impl Memory {
@@ -115,31 +122,47 @@ pub fn plan(spec: &RunnerPoolSpec, seen: &Observed<'_>, memory: &mut Memory, now
     let alive: Vec<&Runner> = seen.runners.iter().filter(|r| !r.phase.is_over() && r.draining.is_none()).collect();
     let draining_busy = seen.runners.iter().filter(|r| !r.phase.is_over() && r.draining.is_some()).count();
     let busy = count(&alive, |r| r.phase == Phase::Busy);
-    let target = target(spec, &seen.demand, &alive, busy, memory, now);
+    let (bounds, invalid) = schedule::bounds(&spec.scale, now);
+    if let Demand::Known { count, oldest } = &seen.demand {
+        memory.estimate.look(*count, now);
+        overflow(spec, *oldest, memory, now);
+    }
+    let target = target(spec, bounds, &seen.demand, &alive, busy, memory, now);
     plan.wanted = target.min(seen.share.unwrap_or(u32::MAX)).max(busy);
     if target > plan.wanted {
         plan.why = Some(("LowerPriority", "other pools need the room more".to_owned()));
+    }
+    if let Some(invalid) = invalid {
+        plan.why = Some(("ScheduleInvalid", invalid.to_string()));
     }
     if let Demand::Unknown(why) = &seen.demand {
         plan.why = Some(("DemandUnknown", why.clone()));
     }
 
     // Old ones go as new ones come.
-    let outdated: Vec<&&Runner> = alive.iter().filter(|r| r.template != seen.template).collect();
-    plan.rolled_out = outdated.is_empty();
-    if memory.failures >= BAD && !outdated.is_empty() {
+    let of_old = |r: &Runner| r.template != seen.template;
+    plan.rolled_out = !alive.iter().any(|r| of_old(r));
+    if memory.failures >= BAD && !plan.rolled_out {
         plan.halted = Some(format!("{} new runners failed in a row; the old ones stay", memory.failures));
     }
-    let replacing = !outdated.is_empty() && !spec.rollout.paused && plan.halted.is_none();
+    let rolls = !spec.rollout.paused && plan.halted.is_none();
+    // Age is no reason to lose a machine while new ones don't come up.
+    let age_limit = spec.max_age_seconds.filter(|_| memory.failures < BAD);
+    let aged = |r: &Runner| {
+        let most = age_limit.map(|seconds| SignedDuration::from_secs(i64::from(seconds)));
+        r.phase == Phase::Idle && most.is_some_and(|most| now.duration_since(r.created) > most)
+    };
+    let outdated: Vec<&&Runner> = alive.iter().filter(|r| (rolls && of_old(r)) || aged(r)).collect();
+    let replacing = !outdated.is_empty();
     let surge = if replacing { spec.rollout.max_surge.min(u32_of(outdated.len())) } else { 0 };
     let held = u32_of(alive.len());
     let goal = plan.wanted + surge;
 
     if held < goal {
-        let room = spec.scale.max.saturating_add(surge).saturating_sub(held + u32_of(draining_busy));
-        create(spec, &alive, (goal - held).min(room), &seen.demand, memory, now, &mut plan);
+        let room = bounds.max.saturating_add(surge).saturating_sub(held + u32_of(draining_busy));
+        create(spec, bounds, &alive, (goal - held).min(room), memory, now, &mut plan);
     } else if held > goal {
-        drain_surplus(&alive, seen.template, held - goal, &mut plan);
+        drain_surplus(spec, &alive, seen.template, held - goal, &mut plan);
     }
     if replacing {
         // So many stay ready, old ones or new ones, whatever goes.
@@ -181,20 +204,24 @@ fn over<'a>(spec: &'a RunnerPoolSpec, runners: &'a [Runner], now: Timestamp) -> 
 /// How many runners there should be, before other pools have their say.
 fn target(
     spec: &RunnerPoolSpec,
+    bounds: Bounds,
     demand: &Demand,
     alive: &[&Runner],
     busy: u32,
     memory: &mut Memory,
     now: Timestamp,
 ) -> u32 {
-    let bounded = |wanted: u32| wanted.clamp(spec.scale.min.min(spec.scale.max), spec.scale.max);
+    let bounded = |wanted: u32| bounds.clamp(wanted);
     if let Some(replicas) = spec.scale.replicas {
         return bounded(u32::try_from(replicas).unwrap_or(0));
     }
     let wanted = match demand {
-        Demand::Known { count, .. } => bounded(busy.saturating_add(*count).saturating_add(spec.scale.idle)),
+        Demand::Known { count, .. } => {
+            let jobs = busy.saturating_add(*count);
+            bounded(jobs.saturating_add(ahead(spec, bounds, jobs, busy, memory)))
+        }
         // Nobody knows: what is there stays.
-        Demand::Unknown(_) => bounded(u32_of(alive.len()).max(busy.saturating_add(spec.scale.idle))),
+        Demand::Unknown(_) => bounded(u32_of(alive.len()).max(busy.saturating_add(bounds.idle))),
     };
     let window = SignedDuration::from_secs(i64::from(spec.scale.scale_down_seconds));
     memory.wanted.retain(|(at, _)| now.duration_since(*at) < window);
@@ -205,17 +232,46 @@ fn target(
     bounded(recent.min(u32_of(alive.len()).max(wanted)))
 }
 
+/// How many wait for jobs beyond those of now: as many as the pool names, its wait target takes, or its utilization leaves.
+fn ahead(spec: &RunnerPoolSpec, bounds: Bounds, jobs: u32, busy: u32, memory: &Memory) -> u32 {
+    let for_wait = spec.scale.queue_wait_target_seconds.map_or(0, |seconds| {
+        memory.estimate.ahead(SignedDuration::from_secs(i64::from(seconds)), busy, spec.jobs_per_runner)
+    });
+    let for_use = spec.scale.utilization.filter(|percent| *percent > 0).map_or(0, |percent| {
+        let all = u64::from(jobs).saturating_mul(100).div_ceil(u64::from(percent));
+        u32::try_from(all).unwrap_or(u32::MAX).saturating_sub(jobs)
+    });
+    bounds.idle.max(for_wait).max(for_use)
+}
+
+/// Remembers which placements for jobs that wait long are in use.
+fn overflow(spec: &RunnerPoolSpec, oldest: Option<Timestamp>, memory: &mut Memory, now: Timestamp) {
+    let waited = oldest.map_or(SignedDuration::ZERO, |oldest| now.duration_since(oldest));
+    for place in &spec.placements {
+        let Some(after) = place.after_seconds else { continue };
+        if waited >= SignedDuration::from_secs(i64::from(after)) {
+            memory.overflow.insert(place.name.clone(), now);
+        }
+    }
+    memory.overflow.retain(|name, last| {
+        let place = spec.placements.iter().find(|place| place.name == *name && place.after_seconds.is_some());
+        place.is_some_and(|place| {
+            now.duration_since(*last) <= SignedDuration::from_secs(i64::from(place.return_seconds))
+        })
+    });
+}
+
 fn create(
     spec: &RunnerPoolSpec,
+    bounds: Bounds,
     alive: &[&Runner],
     missing: u32,
-    demand: &Demand,
     memory: &Memory,
     now: Timestamp,
     plan: &mut Plan,
 ) {
     if missing == 0 {
-        plan.why.get_or_insert(("AtMax", format!("the pool has its most runners, {}", spec.scale.max)));
+        plan.why.get_or_insert(("AtMax", format!("the pool has its most runners, {}", bounds.max)));
         return;
     }
     if let Some(until) = memory.paused_until().filter(|until| *until > now) {
@@ -225,10 +281,6 @@ fn create(
     }
     // While the newest template fails, one runner at a time finds out whether it still does.
     let missing = if memory.failures >= BAD { 1 } else { missing };
-    let waited = match demand {
-        Demand::Known { oldest: Some(oldest), .. } => now.duration_since(*oldest),
-        _ => SignedDuration::ZERO,
-    };
     let mut at: BTreeMap<&str, u32> = BTreeMap::new();
     for runner in alive {
         *at.entry(&runner.placement).or_default() += 1;
@@ -240,7 +292,7 @@ fn create(
     };
     for _ in 0..missing {
         let place = placements.iter().find(|place| {
-            let early = place.after_seconds.is_some_and(|after| waited < SignedDuration::from_secs(i64::from(after)));
+            let early = place.after_seconds.is_some() && !memory.overflow.contains_key(&place.name);
             let most = place.max.unwrap_or(u32::MAX);
             !early && !full(&place.name) && at.get(place.name.as_str()).copied().unwrap_or(0) < most
         });
@@ -255,11 +307,13 @@ fn create(
 
 /// Chooses whom to ask to go: never one with a job; first those that never ran, of old templates, of late placements, the
 /// youngest.
-fn drain_surplus(alive: &[&Runner], template: &str, surplus: u32, plan: &mut Plan) {
+fn drain_surplus(spec: &RunnerPoolSpec, alive: &[&Runner], template: &str, surplus: u32, plan: &mut Plan) {
     let mut free: Vec<&&Runner> = alive.iter().filter(|r| r.phase != Phase::Busy).collect();
     free.sort_by_key(|r| {
         let up = matches!(r.phase, Phase::Idle | Phase::Provisioning);
-        (up, r.template == template, std::cmp::Reverse(r.created), r.name.clone())
+        let place = spec.placements.iter().position(|place| place.name == r.placement);
+        let late = std::cmp::Reverse(place.unwrap_or(usize::MAX));
+        (up, r.template == template, late, std::cmp::Reverse(r.created), r.name.clone())
     });
     plan.drain.extend(free.into_iter().take(surplus as usize).map(|r| r.name.clone()));
 }

@@ -160,6 +160,93 @@ fn a_node_that_is_emptied_gives_back_its_idle_runners() {
     assert_eq!(plan.drain, ["a"]);
 }
 
+#[test]
+fn an_overflow_returns_after_a_while() {
+    let pool = spec(json!({"scale": {"max": 10}, "placements": [
+        {"name": "here", "max": 1}, {"name": "cloud", "afterSeconds": 60, "returnSeconds": 100}]}));
+    let waits = |since: i64| Demand::Known { count: 2, oldest: Some(at(since)) };
+    let here = [Runner { placement: "here".to_owned(), ..runner("a", Phase::Busy) }];
+    let mut memory = Memory::default();
+    assert_eq!(run(&pool, &here, waits(0), &mut memory, 59).create, Vec::<String>::new());
+    assert_eq!(run(&pool, &here, waits(0), &mut memory, 60).create, ["cloud", "cloud"]);
+    // Others came: they need not wait as long again.
+    assert_eq!(run(&pool, &here, waits(100), &mut memory, 110).create, ["cloud", "cloud"]);
+    assert_eq!(run(&pool, &here, waits(150), &mut memory, 161).create, Vec::<String>::new(), "it is over");
+    // What is too much goes where it is dearest.
+    let both = [
+        Runner { placement: "here".to_owned(), ..runner("a", Phase::Idle) },
+        Runner { placement: "cloud".to_owned(), created: at(-50), ..runner("b", Phase::Idle) },
+    ];
+    let pool = spec(json!({"scale": {"max": 10, "idle": 1, "scaleDownSeconds": 0}, "placements": [
+        {"name": "here", "max": 1}, {"name": "cloud", "afterSeconds": 60}]}));
+    assert_eq!(once(&pool, &both, known(0)).drain, ["b"]);
+}
+
+#[test]
+fn schedules_move_the_bounds() {
+    let office = json!([{"cron": "0 8 * * *", "seconds": 3600, "min": 4, "max": 6, "idle": 1}]);
+    let pool = spec(json!({"scale": {"max": 10, "schedules": office}}));
+    let created =
+        |hour: i64, jobs: u32| run(&pool, &[], known(jobs), &mut Memory::default(), hour * 3600 + 60).create.len();
+    assert_eq!((created(7, 0), created(8, 0), created(9, 0)), (0, 4, 0));
+    assert_eq!((created(7, 20), created(8, 20)), (10, 6));
+    let pool = spec(json!({"scale": {"max": 10, "schedules": [{"cron": "soon or so", "seconds": 60, "min": 1}]}}));
+    let plan = once(&pool, &[], known(1));
+    assert_eq!(
+        (plan.create.len(), plan.why.unwrap().0),
+        (1, "ScheduleInvalid"),
+        "what is wrong is told and hinders nothing"
+    );
+}
+
+#[test]
+fn utilization_leaves_some_without_a_job() {
+    let pool = spec(json!({"scale": {"max": 100, "utilization": 80}}));
+    let busy: Vec<Runner> = (0..8).map(|n| runner(&n.to_string(), Phase::Busy)).collect();
+    assert_eq!(once(&pool, &busy, known(0)).wanted, 10);
+    assert_eq!(once(&pool, &busy, known(1)).wanted, 12);
+    assert_eq!(once(&pool, &[], known(0)).wanted, 0);
+}
+
+#[test]
+fn a_wait_target_has_machines_ready_for_the_jobs_that_come() {
+    let job_a_second = |memory: &mut Memory, pool: &RunnerPoolSpec| {
+        let mut plan = Plan::default();
+        for second in (0..=1800).step_by(5) {
+            (0..5).for_each(|_| memory.estimate.began());
+            memory.estimate.started(SignedDuration::from_secs(45));
+            plan = run(pool, &[], known(0), memory, second);
+        }
+        plan.wanted
+    };
+    let pool = |scale: serde_json::Value| spec(json!({ "scale": scale }));
+    let wanted = |scale: serde_json::Value| job_a_second(&mut Memory::default(), &pool(scale));
+    assert_eq!(wanted(json!({"max": 1000})), 0, "without a target nothing is ahead");
+    // 35 jobs come while a start takes longer than a job may wait.
+    let tight = wanted(json!({"max": 1000, "queueWaitTargetSeconds": 10}));
+    assert!((40..70).contains(&tight), "{tight}");
+    assert_eq!(wanted(json!({"max": 1000, "queueWaitTargetSeconds": 60})), 0, "a machine is there in time");
+    assert_eq!(wanted(json!({"max": 20, "queueWaitTargetSeconds": 10})), 20);
+}
+
+#[test]
+fn old_machines_are_replaced_when_they_have_no_job() {
+    let pool = |unavailable: u32| {
+        let rollout = json!({"maxSurge": 1, "maxUnavailable": unavailable});
+        spec(json!({"scale": {"min": 3, "max": 10}, "maxAgeSeconds": 3600, "rollout": rollout}))
+    };
+    let young = Runner { created: at(2500), ..runner("young", Phase::Idle) };
+    let runners = [runner("idle", Phase::Idle), runner("busy", Phase::Busy), young];
+    let plan = run(&pool(1), &runners, known(0), &mut Memory::default(), 5000);
+    assert_eq!((plan.create.len(), plan.drain.as_slice()), (1, ["idle".to_owned()].as_slice()));
+    assert!(plan.rolled_out, "age is no rollout");
+    assert_eq!(run(&pool(1), &runners, known(0), &mut Memory::default(), 3000).drain, Vec::<String>::new());
+    let plan = run(&pool(0), &runners, known(0), &mut Memory::default(), 5000);
+    assert_eq!((plan.create.len(), plan.drain.len()), (1, 0), "the new one comes first");
+    let mut failing = Memory { failures: 3, failed: Some(at(0)), ..Memory::default() };
+    assert_eq!(run(&pool(1), &runners, known(0), &mut failing, 5000).drain, Vec::<String>::new());
+}
+
 fn any_runner() -> impl Strategy<Value = (Phase, bool, bool, bool)> {
     let phases = vec![
         Phase::Pending,
