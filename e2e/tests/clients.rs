@@ -99,8 +99,6 @@ async fn kubectl_applies_edits_and_shows() -> Result<()> {
         ensure!(kinds.lines().any(|line| line == kind), "{kind} is not in {kinds}");
     }
     ensure!(up.kubectl_ok(&["api-versions"]).await?.contains("rbac.authorization.k8s.io/v1"));
-    let top = up.kubectl(&["top", "nodes"]).await?;
-    top.expect_failure("Metrics API not available")?;
     up.kubectl_ok(&["wait", "configmap/c", "--for=jsonpath={.data.key}=six", "--timeout=10s"]).await?;
     up.kubectl_ok(&["delete", "configmap", "c", "--cascade=foreground", "--timeout=20s"]).await?;
     up.kubectl(&["get", "configmap", "c"]).await?.expect_failure("not found")?;

@@ -69,6 +69,19 @@ async fn the_example_pod_lives_and_talks_and_goes() -> Result<()> {
     let got = home.path().join("got");
     home.vmpod(&["cp", "hello:/tmp/sent", &got.to_string_lossy()]).await?.ok()?;
     ensure!(std::fs::read(&got)? == input, "a copy came back changed");
+    // What it uses, as the metrics server of a cluster would say.
+    eventually("figures of the pod", || async {
+        let top = up.kubectl_ok(&["top", "pod", "hello", "--containers", "--no-headers"]).await?;
+        let words: Vec<&str> = top.split_whitespace().collect();
+        ensure!(
+            matches!(words[..], ["hello", _, cpu, memory] if cpu.ends_with('m') && memory.ends_with("Mi")),
+            "{top}"
+        );
+        Ok(())
+    })
+    .await?;
+    let top = up.kubectl_ok(&["top", "nodes", "--no-headers"]).await?;
+    ensure!(top.split_whitespace().count() == 5 && top.contains('%'), "{top}");
     up.kubectl_ok(&["cp", &local.to_string_lossy(), "hello:/tmp/by-kubectl"]).await?;
     let back = home.path().join("back");
     up.kubectl_ok(&["cp", "hello:/tmp/by-kubectl", &back.to_string_lossy()]).await?;

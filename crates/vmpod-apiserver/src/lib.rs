@@ -36,6 +36,7 @@ mod crd;
 mod deletion;
 mod kinds;
 mod managed_fields;
+mod metrics;
 mod openapi;
 mod patch;
 mod quantity;

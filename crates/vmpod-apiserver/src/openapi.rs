@@ -107,6 +107,7 @@ fn full_name(short: &str) -> String {
     match package {
         "meta" => format!("io.k8s.apimachinery.pkg.apis.meta.v1.{name}"),
         "apiext" => format!("io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.{name}"),
+        "metrics" => format!("io.k8s.metrics.pkg.apis.metrics.v1beta1.{name}"),
         other => format!("io.k8s.api.{other}.v1.{name}"),
     }
 }
@@ -197,7 +198,7 @@ pub(crate) fn document(registry: &Registry, group: &str, version: &str) -> Optio
         schema["x-kubernetes-group-version-kind"] = json!([gvk]);
         add_references(&schema, &mut schemas);
         schemas.insert(name.clone(), schema);
-        if resource.stored {
+        if resource.verbs.contains(&"list") {
             let list = json!({
                 "description": format!("{} is a list of {}.", resource.list_kind, resource.kind), "type": "object", "required": ["items"],
                 "properties": {

@@ -37,6 +37,8 @@ const DIAL: Duration = Duration::from_secs(10);
 const HEAD: Duration = Duration::from_secs(30);
 /// The most of a kubelet's error that is passed on.
 const ERROR_LIMIT: usize = 10 << 10;
+/// The most of a kubelet's figures that is read.
+const METRICS_LIMIT: usize = 32 << 20;
 /// The port of a kubelet that doesn't tell.
 const KUBELET_PORT: u16 = 10250;
 /// How much is copied at once.
@@ -369,6 +371,23 @@ async fn log(
         500 => Status::internal(text),
         _ => Status { code, ..Status::internal(text) },
     })
+}
+
+/// A node's `/metrics/resource`.
+pub(crate) async fn resource_metrics(server: &Server, node: &str) -> Result<String, Status> {
+    let endpoint = node_endpoint(server, node)?;
+    let mut request = Request::new(Body::empty());
+    *request.uri_mut() = uri("/metrics/resource", "")?;
+    request.headers_mut().insert(HOST, host(&endpoint)?);
+    let response = ask(server, &endpoint, request).await?;
+    let code = response.status();
+    if !code.is_success() {
+        return Err(unreachable(&endpoint, short_text(response.into_body()).await.trim_end()));
+    }
+    let body = http_body_util::Limited::new(response.into_body(), METRICS_LIMIT).collect();
+    let body = timeout(HEAD, body).await.map_err(|_| unreachable(&endpoint, "it didn't answer in time"))?;
+    let body = body.map_err(|error| unreachable(&endpoint, error))?.to_bytes();
+    String::from_utf8(body.into()).map_err(|error| unreachable(&endpoint, error))
 }
 
 async fn short_text(body: hyper::body::Incoming) -> String {

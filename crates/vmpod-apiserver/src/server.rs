@@ -24,6 +24,7 @@ pub(crate) struct Server {
     /// Where the TLS listener is, when there is one.
     pub(crate) address: Option<SocketAddr>,
     pub(crate) policy: crate::auth::policy::Cached,
+    pub(crate) readings: crate::metrics::Readings,
     registry: RwLock<Registry>,
 }
 
@@ -46,7 +47,8 @@ impl Server {
     pub(crate) fn new(store: Store, pki: Pki, signer: Signer, kubelets: Kubelets, address: Option<SocketAddr>) -> Self {
         let policy = crate::auth::policy::Cached::default();
         let registry = RwLock::new(Registry::builtin());
-        let server = Self { store, pki, signer, kubelets, address, policy, registry };
+        let readings = crate::metrics::Readings::default();
+        let server = Self { store, pki, signer, kubelets, address, policy, readings, registry };
         server.refresh_registry();
         server
     }

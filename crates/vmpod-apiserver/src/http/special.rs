@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{Call, DeleteOptions, delete_object, read, respond, reviews, write};
 use crate::disruption;
 use crate::kinds::{self, Context, FieldValidation};
+use crate::metrics;
 use crate::patch::{self, PatchKind};
 use crate::proxy;
 use crate::scale;
@@ -43,6 +44,9 @@ pub(super) async fn subresource(call: Call, request: Request<Body>) -> Result<Re
 
 /// A call of a kind that isn't stored.
 pub(super) async fn virtual_kind(call: Call, request: Request<Body>) -> Result<Response<Body>, Status> {
+    if call.resource.group == metrics::GROUP {
+        return metrics::serve(&call).await;
+    }
     if call.method != Method::POST || call.target.name.is_some() {
         return Err(Status::method_not_allowed_here());
     }

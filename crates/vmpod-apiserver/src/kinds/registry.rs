@@ -9,6 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::{Resource, Subresource};
 use crate::crd;
+use crate::metrics;
 use crate::schema::Type;
 
 const ALL: [&str; 8] = ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
@@ -284,7 +285,7 @@ const CREATE: Row = Row { verbs: &["create"], ..PLAIN };
 /// The group of role-based access control.
 const RBAC: &str = "rbac.authorization.k8s.io";
 
-const ROWS: [Row; 24] = [
+const ROWS: [Row; 26] = [
     Row { ty: "core.Binding", plural: "bindings", ..CREATE },
     Row { ty: "core.ConfigMap", plural: "configmaps", short: &["cm"], ..PLAIN },
     Row { ty: "core.Event", plural: "events", short: &["ev"], ..PLAIN },
@@ -411,6 +412,16 @@ const ROWS: [Row; 24] = [
         short: &["pc"],
         ..PLAIN
     },
+    // What kubelets measure: asked for each time, never stored.
+    Row {
+        group: metrics::GROUP,
+        ty: "metrics.NodeMetrics",
+        plural: "nodes",
+        namespaced: false,
+        verbs: &["get", "list"],
+        ..PLAIN
+    },
+    Row { group: metrics::GROUP, ty: "metrics.PodMetrics", plural: "pods", verbs: &["get", "list"], ..PLAIN },
     // Another view of the core group's events.
     Row { group: "events.k8s.io", ty: "events.Event", plural: "events", short: &["ev"], ..PLAIN },
 ];
@@ -439,17 +450,17 @@ impl Row {
             };
         Resource {
             group: self.group.to_owned(),
-            version: "v1".to_owned(),
+            version: if self.group == metrics::GROUP { metrics::VERSION } else { "v1" }.to_owned(),
             kind: kind.to_owned(),
             list_kind: format!("{kind}List"),
             plural: self.plural.to_owned(),
-            singular: kind.to_lowercase(),
+            singular: if self.group == metrics::GROUP { String::new() } else { kind.to_lowercase() },
             short_names: self.short.iter().map(|&name| name.to_owned()).collect(),
             categories: self.categories.iter().map(|&name| name.to_owned()).collect(),
             namespaced: self.namespaced,
             verbs: self.verbs.to_vec(),
             subresources: self.subresources.iter().map(subresource).collect(),
-            stored: self.verbs.len() > 1,
+            stored: self.verbs.len() > 1 && self.group != metrics::GROUP,
             ty: Type::named(self.ty),
             type_name: self.ty,
             custom: None,
