@@ -65,7 +65,9 @@ async fn ask(client: &kube::Client) -> Result<Vec<Value>> {
         kinds.extend(listed.resources.into_iter().map(|one| (format!("apis/{version}"), version.clone(), one)));
     }
     kinds.retain(|(_, _, kind)| {
-        !kind.name.contains('/') && kind.verbs.iter().any(|verb| verb == "list") && !is_passing(&kind.name)
+        // What can't be created is only answered, as metrics are, and no archive's business.
+        let can = |wanted: &str| kind.verbs.iter().any(|verb| verb == wanted);
+        !kind.name.contains('/') && can("list") && can("create") && !is_passing(&kind.name)
     });
     kinds.sort_by_key(|(_, _, kind)| match kind.name.as_str() {
         "namespaces" => 0,
