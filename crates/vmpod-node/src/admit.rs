@@ -92,8 +92,7 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
 
 /// Whether a probe or hook names a host: what is asked is the machine, and nothing that the node can reach besides.
 fn asks_elsewhere(container: &Container) -> bool {
-    let probes = [Purpose::Startup, Purpose::Liveness, Purpose::Readiness].map(|purpose| purpose.of(container));
-    let probes = probes.into_iter().flatten().filter_map(Action::of_probe);
+    let probes = Purpose::ALL.iter().filter_map(|purpose| Action::of_probe(purpose.of(container)?));
     let hooks = container.lifecycle.iter().flat_map(|lifecycle| [&lifecycle.post_start, &lifecycle.pre_stop]);
     let hooks = hooks.flatten().filter_map(Action::of_hook);
     probes.chain(hooks).any(|action| action.host().is_some())

@@ -319,7 +319,7 @@ fn conclude_stopped(record: &Record, last: Option<&Attempt>) -> Option<Step> {
 /// An attempt is under way.
 fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Timestamp) -> Plan {
     let stop = record.stop.as_ref();
-    let has_main = pod::machine_container(pod).is_some_and(|container| pod::command(container).is_some());
+    let has_main = pod::has_main(pod);
     match &seen.machine {
         MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if attempt.started.is_some() => {
             let why = "it ran, and nothing is left of it";
@@ -360,7 +360,7 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
 
 /// The machine runs.
 fn running(pod: &Pod, attempt: &Attempt, stop: Option<&Stop>, seen: &Observed, now: Timestamp) -> Plan {
-    let has_main = pod::machine_container(pod).is_some_and(|container| pod::command(container).is_some());
+    let has_main = pod::has_main(pod);
     if seen.killing {
         return Plan::wait();
     }

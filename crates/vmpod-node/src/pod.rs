@@ -155,6 +155,11 @@ pub(crate) fn pre_stop(pod: &Pod) -> Option<&LifecycleHandler> {
     machine_container(pod)?.lifecycle.as_ref()?.pre_stop.as_ref()
 }
 
+/// Whether the machine is there for a command in its guest, and ends with it.
+pub(crate) fn has_main(pod: &Pod) -> bool {
+    machine_container(pod).is_some_and(|container| command(container).is_some())
+}
+
 /// The phase the API shows.
 pub(crate) fn api_phase(pod: &Pod) -> Option<&str> {
     pod.status.as_ref()?.phase.as_deref()

@@ -93,7 +93,7 @@ impl Prober {
         let (send, verdict) = watch::channel(Verdict::before(&subject.container, known));
         let asker = Arc::new(Asker { subject, send, tell: Box::new(tell) });
         let mut tasks = JoinSet::new();
-        for purpose in [Purpose::Startup, Purpose::Liveness, Purpose::Readiness] {
+        for purpose in Purpose::ALL {
             if purpose.of(&asker.subject.container).is_some() {
                 let asker = Arc::clone(&asker);
                 tasks.spawn(async move { asker.ask(purpose).await });

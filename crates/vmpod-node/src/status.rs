@@ -164,7 +164,7 @@ impl View {
             return between_attempts(pod, record, ended, seen, base);
         }
         let live = seen.machine == MachineSeen::Live;
-        let has_main = pod::machine_container(pod).is_some_and(|container| pod::command(container).is_some());
+        let has_main = pod::has_main(pod);
         let running_since = running_since(attempt, has_main);
         match running_since {
             Some(since) if live || attempt.started.is_some() => Self {

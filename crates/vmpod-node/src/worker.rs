@@ -254,7 +254,7 @@ impl Worker {
     }
 
     fn has_main(&self) -> bool {
-        self.pod.as_deref().and_then(pod::machine_container).is_some_and(|container| pod::command(container).is_some())
+        self.pod.as_deref().is_some_and(pod::has_main)
     }
 
     /// Waits until something may have changed.

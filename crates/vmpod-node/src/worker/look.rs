@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod, PodStatus};
+use k8s_openapi::api::core::v1::{Pod, PodStatus};
 use tokio::task::JoinSet;
 use vmpod_machine::{GuestState, Machine, State};
 
@@ -15,7 +15,7 @@ use crate::{
     events::Kind,
     plan::{MachineSeen, Observed, Resolved},
     pod,
-    probe::Verdict,
+    probe::{Purpose, Verdict},
     prober::{Prober, Subject},
     record::{Attempt, Main},
     status, volumes,
@@ -97,10 +97,19 @@ impl Worker {
     /// Begins to ask the probes once the container runs, which for a machine without a command is when its guest answers.
     fn attend_probes(&mut self, machine: &Machine) {
         let (Some(pod), Some(attempt)) = (&self.pod, self.attempt()) else { return };
-        let Some(container) = pod::machine_container(pod).filter(|container| has_probes(container)) else { return };
-        let live = matches!(&*machine.state().borrow(), State::Running);
+        let Some(container) = pod::machine_container(pod)
+            .filter(|container| Purpose::ALL.iter().any(|purpose| purpose.of(container).is_some()))
+        else {
+            return;
+        };
+        let state = machine.state().borrow().clone();
+        if state.is_final() || matches!(attempt.main, Main::Ended { .. }) {
+            // What is over isn't unhealthy.
+            self.local.prober = None;
+            return;
+        }
         if self.local.prober.is_some()
-            || !live
+            || !matches!(state, State::Running)
             || attempt.unwell.is_some()
             || (pod::post_start(pod).is_some() && !attempt.hooked)
         {
@@ -228,10 +237,6 @@ impl Worker {
             quiet,
         });
     }
-}
-
-fn has_probes(container: &Container) -> bool {
-    container.startup_probe.is_some() || container.liveness_probe.is_some() || container.readiness_probe.is_some()
 }
 
 /// Whether the API shows this very container as started, and as ready: an agent that comes back goes on from there.
