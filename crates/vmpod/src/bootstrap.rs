@@ -3,7 +3,7 @@
 //! As kubelets do it (Kubernetes documentation, "TLS bootstrapping"): the signer is
 //! `kubernetes.io/kube-apiserver-client-kubelet`, the subject `O=system:nodes, CN=system:node:NAME`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -13,7 +13,6 @@ use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec};
 use kube::Api;
 use kube::api::{ObjectMeta, PostParams};
-use kube::config::Kubeconfig;
 use kube::runtime::wait::{Condition, await_condition};
 use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair};
 use serde_json::json;
@@ -32,9 +31,7 @@ pub(crate) async fn ensure(into: &Path, bootstrap: &Path, name: &str) -> Result<
     if into.exists() {
         return Ok(());
     }
-    let config = client::config(bootstrap, None).await?;
-    let client = kube::Client::try_from(config)
-        .with_context(|| format!("can't make a client from the kubeconfig {}", bootstrap.display()))?;
+    let client = client::from_file(bootstrap, None).await?;
     let key = KeyPair::generate().context("can't make the node's key")?;
     let requests: Api<CertificateSigningRequest> = Api::all(client);
     let made = requests
@@ -42,7 +39,11 @@ pub(crate) async fn ensure(into: &Path, bootstrap: &Path, name: &str) -> Result<
         .await
         .with_context(|| format!("can't ask for a certificate with the token of {}", bootstrap.display()))?;
     let certificate = signed(&requests, made.metadata.name.as_deref().unwrap_or_default()).await?;
-    home::write_private(into, &kubeconfig(bootstrap, name, &certificate, &key.serialize_pem())?)?;
+    let user = json!({
+        "client-certificate-data": BASE64.encode(certificate),
+        "client-key-data": BASE64.encode(key.serialize_pem()),
+    });
+    home::write_private(into, &client::kubeconfig_as(bootstrap, &format!("system:node:{name}"), &user)?)?;
     talk(&format!("the node's identity is system:node:{name}, kept in {}", into.display()));
     Ok(())
 }
@@ -120,42 +121,6 @@ async fn signed(requests: &Api<CertificateSigningRequest>, name: &str) -> Result
     }
 }
 
-/// The bootstrap kubeconfig's cluster with the node's certificate. JSON is YAML.
-fn kubeconfig(bootstrap: &Path, name: &str, certificate: &[u8], key: &str) -> Result<String> {
-    let of = || format!("the kubeconfig {} has no current context with a cluster", bootstrap.display());
-    let file = Kubeconfig::read_from(bootstrap).with_context(of)?;
-    let current = file.current_context.as_deref();
-    let context = file.contexts.iter().find(|named| Some(named.name.as_str()) == current);
-    let cluster = context.and_then(|named| named.context.as_ref()).map(|context| &context.cluster).with_context(of)?;
-    let named = file.clusters.iter().find(|named| named.name == *cluster).with_context(of)?;
-    let cluster = named.cluster.clone().with_context(of)?;
-    let mut shown = json!({"server": cluster.server.with_context(of)?});
-    if let Some(data) = cluster.certificate_authority_data {
-        shown["certificate-authority-data"] = data.into();
-    } else if let Some(path) = cluster.certificate_authority {
-        // A path in a kubeconfig is seen from the file's own directory.
-        let path = bootstrap.parent().map_or_else(|| PathBuf::from(&path), |dir| dir.join(&path));
-        let text = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
-        shown["certificate-authority-data"] = BASE64.encode(text).into();
-    }
-    if let Some(name) = cluster.tls_server_name {
-        shown["tls-server-name"] = name.into();
-    }
-    let user = format!("system:node:{name}");
-    let made = json!({
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "default", "cluster": shown}],
-        "users": [{"name": user, "user": {
-            "client-certificate-data": BASE64.encode(certificate),
-            "client-key-data": BASE64.encode(key),
-        }}],
-        "contexts": [{"name": "default", "context": {"cluster": "default", "user": user}}],
-        "current-context": "default",
-    });
-    serde_json::to_string_pretty(&made).context("can't write the kubeconfig")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,28 +152,5 @@ mod tests {
         assert_eq!(answer(Some(&with(denied))), Answer::Refused("Denied (Stranger: no)".to_owned()));
         assert_eq!(answer(Some(&with(json!({"certificate": "YQ=="})))), Answer::Signed(b"a".to_vec()));
         assert!(matches!(answer(None), Answer::Refused(_)));
-    }
-
-    #[test]
-    fn the_cluster_is_the_bootstrap_files() {
-        let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join("ca.crt"), "CA").unwrap();
-        let file = dir.path().join("bootstrap");
-        let text = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "k", "cluster": {"server": "https://api:6443", "certificate-authority": "ca.crt"}}],
-            "users": [{"name": "u", "user": {"token": "secret"}}],
-            "contexts": [{"name": "c", "context": {"cluster": "k", "user": "u"}}]});
-        std::fs::write(&file, text.to_string()).unwrap();
-        let made = kubeconfig(&file, "far", b"CERT", "KEY").unwrap();
-        assert!(!made.contains("secret"), "the token isn't kept");
-        let made: serde_json::Value = serde_json::from_str(&made).unwrap();
-        let cluster = &made["clusters"][0]["cluster"];
-        assert_eq!(
-            (&cluster["server"], &cluster["certificate-authority-data"]),
-            (&json!("https://api:6443"), &json!("Q0E="))
-        );
-        assert_eq!(made["users"][0]["name"], "system:node:far");
-        std::fs::write(&file, json!({"apiVersion": "v1", "kind": "Config"}).to_string()).unwrap();
-        assert!(kubeconfig(&file, "far", b"CERT", "KEY").is_err());
     }
 }

@@ -3,12 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use base64::Engine as _;
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{ConfigMap, Secret};
+use k8s_openapi::api::core::v1::Secret;
 use kube::Api;
 use kube::api::PostParams;
-use kube::config::Kubeconfig;
 use rand::RngExt as _;
 
 use crate::args::{TokenCommand, TokenCreate};
@@ -62,7 +60,7 @@ fn end(now: Timestamp, ttl: Duration) -> Result<Timestamp> {
 
 async fn create(home: &Home, args: TokenCreate) -> Result<Exit> {
     let client = client::connect(home).await?;
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), "kube-system");
+    let secrets: Api<Secret> = Api::namespaced(client, "kube-system");
     let end = end(Timestamp::now(), args.ttl)?;
     let mut tries = 0;
     let token = loop {
@@ -74,38 +72,14 @@ async fn create(home: &Home, args: TokenCreate) -> Result<Exit> {
         }
     };
     if args.kubeconfig {
-        output::data(&kubeconfig(home, &client, &token).await?)?;
+        // By it another host finds the API and shows the token.
+        let user = serde_json::json!({ "token": token });
+        output::data(&format!("{}\n", client::kubeconfig_as(&home.kubeconfig(), "bootstrap", &user)?))?;
     } else {
         output::data(&format!("{token}\n"))?;
     }
     talk(&format!("the token is good for {}", output::seconds(args.ttl)));
     Ok(Exit::Done)
-}
-
-/// A kubeconfig by which another host finds the API and shows the token.
-async fn kubeconfig(home: &Home, client: &kube::Client, token: &str) -> Result<String> {
-    let file = home.kubeconfig();
-    let own = Kubeconfig::read_from(&file).with_context(|| format!("can't read the kubeconfig {}", file.display()))?;
-    let cluster = own.clusters.into_iter().next().and_then(|named| named.cluster);
-    let server = cluster.and_then(|cluster| cluster.server).context("the home's kubeconfig names no server")?;
-    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), "kube-public");
-    let ca = maps.get("kube-root-ca.crt").await.context("can't read the API's certificate authority")?;
-    let ca = ca.data.unwrap_or_default().remove("ca.crt").context("the API's certificate authority is empty")?;
-    let ca = base64::engine::general_purpose::STANDARD.encode(ca);
-    Ok(format!(
-        "apiVersion: v1\n\
-         kind: Config\n\
-         clusters:\n\
-         - name: vmpod\n  \
-           cluster: {{server: \"{server}\", certificate-authority-data: {ca}}}\n\
-         users:\n\
-         - name: bootstrap\n  \
-           user: {{token: {token}}}\n\
-         contexts:\n\
-         - name: vmpod\n  \
-           context: {{cluster: vmpod, user: bootstrap}}\n\
-         current-context: vmpod\n"
-    ))
 }
 
 #[cfg(test)]
