@@ -7,14 +7,12 @@ use futures::StreamExt as _;
 use serde_json::Value;
 
 use crate::kinds::{self, Context, FieldValidation, Format, Registry, Resource};
-use crate::server::{CRDS, Server, storage_name};
+use crate::server::{Server, storage_name};
 use crate::status::Status;
 use crate::store::{Change, Key};
 
 /// Written at once; the store puts many in one transaction.
 const AT_ONCE: usize = 64;
-/// Left out of an archive.
-const PASSING: [&str; 2] = ["events", "leases.coordination.k8s.io"];
 
 /// Why an archive couldn't be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -57,13 +55,21 @@ fn described(value: &Value) -> String {
     if namespace.is_empty() { format!("{kind} {name}") } else { format!("{kind} {namespace}/{name}") }
 }
 
-/// What has to be there before what: namespaces, definitions, the rest.
-fn rank(storage: &str) -> u8 {
-    match storage {
-        "namespaces" => 0,
-        CRDS => 1,
-        _ => 2,
+/// Where the objects of a kind stand in an archive: namespaces, definitions, the rest. `None` for those that are left out.
+#[must_use]
+pub fn place(group: &str, plural: &str) -> Option<u8> {
+    match (group, plural) {
+        ("" | "events.k8s.io", "events") | ("coordination.k8s.io", "leases") => None,
+        ("", "namespaces") => Some(0),
+        ("apiextensions.k8s.io", "customresourcedefinitions") => Some(1),
+        _ => Some(2),
     }
+}
+
+/// [`place`] by the storage name.
+fn place_of(storage: &str) -> Option<u8> {
+    let (plural, group) = storage.split_once('.').unwrap_or((storage, ""));
+    place(group, plural)
 }
 
 /// Objects as one YAML text. Their revisions are left out.
@@ -82,8 +88,8 @@ pub fn to_yaml(objects: Vec<Value>) -> Result<String, ArchiveError> {
 
 pub(crate) fn export(server: &Server) -> Result<String, ArchiveError> {
     let mut objects: Vec<_> = server.store.everything();
-    objects.retain(|object| !PASSING.contains(&&*object.key().resource));
-    objects.sort_by(|a, b| (rank(&a.key().resource), a.key()).cmp(&(rank(&b.key().resource), b.key())));
+    objects.retain(|object| place_of(&object.key().resource).is_some());
+    objects.sort_by(|a, b| (place_of(&a.key().resource), a.key()).cmp(&(place_of(&b.key().resource), b.key())));
     to_yaml(objects.iter().map(|object| object.value()).collect())
 }
 
@@ -125,7 +131,7 @@ fn read(registry: &Registry, text: &str) -> Result<Vec<Good>, ArchiveError> {
         let fail = |why: String| ArchiveError::Object { number: *number, what: described(value), why };
         good.push(check(&registry, value).map_err(fail)?);
     }
-    good.sort_by(|a, b| (rank(&a.key.resource), &a.key).cmp(&(rank(&b.key.resource), &b.key)));
+    good.sort_by(|a, b| (place_of(&a.key.resource), &a.key).cmp(&(place_of(&b.key.resource), &b.key)));
     Ok(good)
 }
 
@@ -166,20 +172,7 @@ fn keeps_the_rules(resource: &Resource, value: &Value, namespace: Option<&str>) 
             spec.remove(field);
         }
     }
-    let context = Context {
-        now: jiff::Timestamp::now(),
-        uid: "",
-        suffix: "",
-        manager: "import",
-        namespace,
-        name: None,
-        service_account: None,
-        priority_class: None,
-        user: "",
-        groups: &[],
-        apply: false,
-        patch: false,
-    };
+    let context = Context { namespace, ..Context::plain("import", jiff::Timestamp::now()) };
     kinds::create(resource, trial, &context).map(|_| ())
 }
 
@@ -187,7 +180,7 @@ fn keeps_the_rules(resource: &Resource, value: &Value, namespace: Option<&str>) 
 pub(crate) async fn import(server: &Server, text: &str) -> Result<usize, ArchiveError> {
     let good = read(&server.registry(), text)?;
     let count = good.len();
-    let (first, rest): (Vec<Good>, Vec<Good>) = good.into_iter().partition(|one| rank(&one.key.resource) < 2);
+    let (first, rest): (Vec<Good>, Vec<Good>) = good.into_iter().partition(|one| place_of(&one.key.resource) < Some(2));
     for part in [first, rest] {
         let writes = part.into_iter().map(|one| async move {
             let value = &one.value;
@@ -210,6 +203,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn only_our_own_passing_kinds_are_left_out() {
+        for (group, plural) in [("", "events"), ("events.k8s.io", "events"), ("coordination.k8s.io", "leases")] {
+            assert_eq!(place(group, plural), None, "{plural}.{group}");
+        }
+        assert_eq!(place_of("leases.coordination.k8s.io"), None);
+        assert_eq!(place_of("leases.example.com"), Some(2), "somebody's own kind of this name is kept");
+        assert!(place_of("namespaces") < place_of("customresourcedefinitions.apiextensions.k8s.io"));
+        assert!(place_of("customresourcedefinitions.apiextensions.k8s.io") < place_of("pods"));
+    }
 
     #[test]
     fn documents_are_parted_by_lines_of_dashes() {

@@ -44,18 +44,13 @@ pub fn patch(data: &[u8]) {
     };
     let Some(pods) = Registry::builtin().resource("", "v1", "pods") else { return };
     let context = Context {
-        now: jiff::Timestamp::UNIX_EPOCH,
         uid: "u",
         suffix: "xxxxx",
-        manager: "fuzz",
         namespace: Some("t"),
         name: Some("p"),
-        service_account: None,
-        priority_class: None,
-        user: "",
-        groups: &[],
         apply: kind == PatchKind::Apply,
         patch: true,
+        ..Context::plain("fuzz", jiff::Timestamp::UNIX_EPOCH)
     };
     let old = pod();
     let force = choice & 4 != 0;

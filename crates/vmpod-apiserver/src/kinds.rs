@@ -151,6 +151,26 @@ pub(crate) struct Context<'a> {
     pub(crate) apply: bool,
 }
 
+impl<'a> Context<'a> {
+    /// A context of nobody's request, to be filled in.
+    pub(crate) fn plain(manager: &'a str, now: Timestamp) -> Self {
+        Self {
+            now,
+            uid: "",
+            suffix: "",
+            manager,
+            namespace: None,
+            name: None,
+            service_account: None,
+            priority_class: None,
+            user: "",
+            groups: &[],
+            patch: false,
+            apply: false,
+        }
+    }
+}
+
 /// The text at a path of field names, or nothing.
 pub(crate) fn text<'a>(value: &'a Value, path: &[&str]) -> &'a str {
     at(value, path).and_then(Value::as_str).unwrap_or_default()

@@ -279,18 +279,10 @@ async fn bind(server: &Server, key: &Key, uid: &str, node: &str) -> Result<Value
     let now = jiff::Timestamp::now();
     let binding = json!({ "apiVersion": "v1", "kind": "Binding", "metadata": { "name": &*key.name }, "target": { "kind": "Node", "name": node } });
     let context = Context {
-        now,
-        uid: "",
-        suffix: "",
-        manager: "kube-scheduler",
         namespace: key.namespace(),
         name: Some(&key.name),
-        service_account: None,
-        priority_class: None,
         user: "system:kube-scheduler",
-        groups: &[],
-        apply: false,
-        patch: false,
+        ..Context::plain("kube-scheduler", now)
     };
     let pods = server.resource_of("v1", "Pod").ok_or_else(Status::no_route)?;
     let outcome = server

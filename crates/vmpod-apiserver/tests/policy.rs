@@ -1,13 +1,14 @@
 //! Who may do what: roles and bindings, bootstrap tokens, priority classes, disruption budgets.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first thing that is wrong")]
 
-use std::time::Duration;
+mod support;
 
 use axum::body::Body;
 use base64::Engine as _;
 use http::{Method, Request};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
+use support::until;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tower::ServiceExt as _;
@@ -75,18 +76,6 @@ impl World {
         let admin = Identity::admin();
         self.call(&Caller::Is(&admin), Method::PATCH, path, "application/merge-patch+json", body).await
     }
-}
-
-async fn until<T, F: Future<Output = Option<T>>>(what: &str, mut check: impl FnMut() -> F) -> T {
-    let wait = async {
-        loop {
-            if let Some(found) = check().await {
-                return found;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(10), wait).await.unwrap_or_else(|_| panic!("{what}: not within 10 s"))
 }
 
 fn account(name: &str) -> Identity {

@@ -64,16 +64,14 @@ async fn ask(client: &kube::Client) -> Result<Vec<Value>> {
         let listed = listed.with_context(|| format!("can't ask the API for the kinds of {version}"))?;
         kinds.extend(listed.resources.into_iter().map(|one| (format!("apis/{version}"), version.clone(), one)));
     }
-    kinds.retain(|(_, _, kind)| {
+    let place =
+        |version: &str, plural: &str| archive::place(version.split_once('/').map_or("", |(group, _)| group), plural);
+    kinds.retain(|(_, version, kind)| {
         // What can't be created is only answered, as metrics are, and no archive's business.
         let can = |wanted: &str| kind.verbs.iter().any(|verb| verb == wanted);
-        !kind.name.contains('/') && can("list") && can("create") && !is_passing(&kind.name)
+        !kind.name.contains('/') && can("list") && can("create") && place(version, &kind.name).is_some()
     });
-    kinds.sort_by_key(|(_, _, kind)| match kind.name.as_str() {
-        "namespaces" => 0,
-        "customresourcedefinitions" => 1,
-        _ => 2,
-    });
+    kinds.sort_by_key(|(_, version, kind)| place(version, &kind.name));
     let mut objects = Vec::new();
     for (path, version, kind) in kinds {
         let request = kube::core::Request::new(format!("/{path}/{}", kind.name));
@@ -88,11 +86,6 @@ async fn ask(client: &kube::Client) -> Result<Vec<Value>> {
         }
     }
     Ok(objects)
-}
-
-/// Kinds that tell of moments that are over.
-fn is_passing(plural: &str) -> bool {
-    matches!(plural, "events" | "leases")
 }
 
 async fn import(home: &Home, file: &Path) -> Result<Exit> {

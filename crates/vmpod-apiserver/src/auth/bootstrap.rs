@@ -15,15 +15,16 @@ use tokio_util::sync::CancellationToken;
 use crate::http::{DeleteOptions, delete_object};
 use crate::identity::Identity;
 use crate::server::{Server, digest};
-use crate::store::Key;
+use crate::status::Status;
+use crate::store::{Key, Object};
 
 /// The group of hosts that have no certificate yet.
 pub(crate) const BOOTSTRAPPERS: &str = "system:bootstrappers";
 const NAMESPACE: &str = "kube-system";
 const KIND: &str = "bootstrap.kubernetes.io/token";
 const PREFIX: &str = "bootstrap-token-";
-/// How often ended tokens are looked for.
-const SWEEP: Duration = Duration::from_secs(30);
+/// When a token that couldn't be removed is tried again.
+const RETRY: Duration = Duration::from_secs(30);
 
 /// The two parts of a bootstrap token, when this is one.
 fn parts(token: &str) -> Option<(&str, &str)> {
@@ -38,10 +39,11 @@ fn field(secret: &Value, name: &str) -> Option<String> {
     String::from_utf8(STANDARD.decode(secret["data"][name].as_str()?).ok()?).ok()
 }
 
-/// Whether a token's time is over. One that can't be read is over.
-fn has_ended(secret: &Value, now: Timestamp) -> bool {
-    secret["data"].get("expiration").is_some()
-        && field(secret, "expiration").and_then(|end| end.parse::<Timestamp>().ok()).is_none_or(|end| end <= now)
+/// How long a token is good, from now; none when it doesn't end. A time that can't be read is over.
+fn left(secret: &Value, now: Timestamp) -> Option<Duration> {
+    secret["data"].get("expiration")?;
+    let end = field(secret, "expiration").and_then(|end| end.parse::<Timestamp>().ok());
+    Some(end.and_then(|end| Duration::try_from(end.duration_since(now)).ok()).unwrap_or_default())
 }
 
 fn is_group(name: &str) -> bool {
@@ -63,7 +65,7 @@ fn identity(secret: &Value, id: &str, shown: &str, now: Timestamp) -> Option<Ide
         && is("token-id", id)
         && same
         && is("usage-bootstrap-authentication", "true")
-        && !has_ended(secret, now);
+        && left(secret, now) != Some(Duration::ZERO);
     if !good {
         return None;
     }
@@ -87,29 +89,58 @@ pub(crate) fn authenticate(server: &Server, token: &str, now: Timestamp) -> Opti
 
 /// Removes the tokens that ended, until `stop` is cancelled.
 pub(crate) async fn run(server: Arc<Server>, stop: CancellationToken) {
-    let mut tick = tokio::time::interval(SWEEP);
     loop {
+        // Before the look, so that nothing falls in between.
+        let mut feed = server.store.watch_now(Some("secrets"));
+        let next = sweep(&server, Timestamp::now()).await;
+        let wait = async {
+            match next {
+                Some(next) => tokio::time::sleep(next).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => return,
-            _ = tick.tick() => {}
+            () = wait => {}
+            // A token that was made or changed may end sooner. A feed that was cut off is begun again.
+            _ = feed.events.recv() => {}
         }
-        let now = Timestamp::now();
-        for object in server.store.list("secrets", Some(NAMESPACE)).objects {
-            if !object.key().name.starts_with(PREFIX) {
-                continue;
-            }
-            let secret = object.value();
-            if secret["type"] != KIND || !has_ended(&secret, now) {
-                continue;
-            }
-            let Some(secrets) = server.resource_stored_as("secrets") else { continue };
-            let options = DeleteOptions::background().with_uid(object.uid());
-            if let Err(status) = delete_object(&server, &secrets, object.key(), &options).await
-                && status.code != 404
-            {
-                tracing::warn!(token = %object.key().name, error = %status, "an ended bootstrap token stays");
-            }
+    }
+}
+
+/// Removes the tokens that have ended; tells when the next one does.
+async fn sweep(server: &Arc<Server>, now: Timestamp) -> Option<Duration> {
+    let mut next: Option<Duration> = None;
+    for object in server.store.list("secrets", Some(NAMESPACE)).objects {
+        if !object.key().name.starts_with(PREFIX) {
+            continue;
         }
+        let secret = object.value();
+        if secret["type"] != KIND {
+            continue;
+        }
+        let wait = match left(&secret, now) {
+            None => continue,
+            Some(left) if left > Duration::ZERO => left,
+            Some(_) => match remove(server, &object).await {
+                Ok(()) => continue,
+                Err(status) => {
+                    tracing::warn!(token = %object.key().name, error = %status, "an ended bootstrap token stays");
+                    RETRY
+                }
+            },
+        };
+        next = Some(next.map_or(wait, |next| next.min(wait)));
+    }
+    next
+}
+
+async fn remove(server: &Arc<Server>, token: &Object) -> Result<(), Status> {
+    let Some(secrets) = server.resource_stored_as("secrets") else { return Ok(()) };
+    let options = DeleteOptions::background().with_uid(token.uid());
+    match delete_object(server, &secrets, token.key(), &options).await {
+        Err(status) if status.code != 404 => Err(status),
+        _ => Ok(()),
     }
 }
 

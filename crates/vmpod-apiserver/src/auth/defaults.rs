@@ -164,20 +164,7 @@ mod tests {
         let defaults: Defaults = serde_saphyr::from_str(include_str!("defaults.yaml")).unwrap();
         let roles: Vec<String> = defaults.roles.iter().map(|role| role.name.clone()).collect();
         let registry = Registry::builtin();
-        let context = Context {
-            now: jiff::Timestamp::UNIX_EPOCH,
-            uid: "u",
-            suffix: "",
-            manager: "m",
-            namespace: None,
-            name: None,
-            service_account: None,
-            priority_class: None,
-            user: "",
-            groups: &[],
-            apply: false,
-            patch: false,
-        };
+        let context = Context { uid: "u", ..Context::plain("m", jiff::Timestamp::UNIX_EPOCH) };
         for one in &defaults.bindings {
             assert!(roles.contains(&one.role), "{} names no role that there is", one.name);
         }

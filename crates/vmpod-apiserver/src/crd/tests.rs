@@ -27,18 +27,12 @@ fn herds(schema: &Value) -> Resource {
 
 fn context() -> Context<'static> {
     Context {
-        now: "2026-01-01T12:00:00Z".parse().unwrap(),
         uid: "u",
         suffix: "abcde",
-        manager: "test",
         namespace: Some("ns"),
         name: Some("h"),
-        service_account: None,
-        priority_class: None,
         user: "admin",
-        groups: &[],
-        patch: false,
-        apply: false,
+        ..Context::plain("test", "2026-01-01T12:00:00Z".parse().unwrap())
     }
 }
 

@@ -35,3 +35,28 @@ pub(super) async fn read(request: Request<Body>) -> Result<Bytes, Status> {
         Err(_) => Err(Status::timeout("the body of the request didn't arrive in time")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use super::*;
+
+    /// A body whose two parts come so long after each other.
+    fn slow(gap: Duration) -> Request<Body> {
+        let parts = futures::stream::unfold(0, move |part| async move {
+            if part == 1 {
+                tokio::time::sleep(gap).await;
+            }
+            (part < 2).then_some((Ok::<_, Infallible>(Bytes::from_static(b"x")), part + 1))
+        });
+        Request::new(Body::from_stream(parts))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_has_a_minute() {
+        assert_eq!(read(slow(Duration::from_secs(59))).await.unwrap(), "xx");
+        let late = read(slow(Duration::from_secs(61))).await.unwrap_err();
+        assert_eq!((late.code, late.message.as_str()), (504, "the body of the request didn't arrive in time"));
+    }
+}

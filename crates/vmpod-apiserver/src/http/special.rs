@@ -89,18 +89,11 @@ async fn bind(call: &Call, pod: &str, request: Request<Body>) -> Result<Response
     let key = Key::new("pods", call.target.namespace.as_deref(), pod);
     let manager = call.manager();
     let context = Context {
-        now: call.now,
-        uid: "",
-        suffix: "",
-        manager: &manager,
         namespace: call.target.namespace.as_deref(),
         name: Some(pod),
-        service_account: None,
-        priority_class: None,
         user: &call.identity.user,
         groups: &call.identity.groups,
-        apply: false,
-        patch: false,
+        ..Context::plain(&manager, call.now)
     };
     write::commit(&call.server, &key, None, call.query.dry_run()?, |old, _| {
         let old = old.ok_or_else(|| Status::not_found(&pods, pod))?;
@@ -169,17 +162,10 @@ async fn scale_of(call: &Call, request: Request<Body>) -> Result<Response<Body>,
 
 fn context<'a>(call: &'a Call, manager: &'a str) -> Context<'a> {
     Context {
-        now: call.now,
-        uid: "",
-        suffix: "",
-        manager,
         namespace: call.target.namespace.as_deref(),
         name: call.target.name.as_deref(),
-        service_account: None,
-        priority_class: None,
         user: &call.identity.user,
         groups: &call.identity.groups,
-        apply: false,
-        patch: false,
+        ..Context::plain(manager, call.now)
     }
 }

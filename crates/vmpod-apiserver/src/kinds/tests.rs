@@ -12,18 +12,11 @@ fn resource(group: &str, plural: &str) -> Arc<Resource> {
 
 pub(crate) fn context() -> Context<'static> {
     Context {
-        now: "2026-01-01T12:00:00Z".parse().unwrap(),
         uid: "11111111-2222-3333-4444-555555555555",
         suffix: "abcde",
-        manager: "test",
         namespace: Some("ns"),
-        name: None,
-        service_account: None,
-        priority_class: None,
         user: "admin",
-        groups: &[],
-        patch: false,
-        apply: false,
+        ..Context::plain("test", "2026-01-01T12:00:00Z".parse().unwrap())
     }
 }
 

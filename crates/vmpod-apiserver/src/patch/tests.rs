@@ -69,18 +69,14 @@ fn asked(kind: PatchKind, body: &str) -> Result<Patched, Status> {
     let old = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c", "namespace": "ns"}, "data": {"a": "1"}});
     let groups = [];
     let context = Context {
-        now: "2026-01-01T12:00:00Z".parse().unwrap(),
         uid: "u",
         suffix: "abcde",
-        manager: "m",
         namespace: Some("ns"),
         name: Some("c"),
-        service_account: None,
-        priority_class: None,
         user: "admin",
         groups: &groups,
         patch: true,
-        apply: false,
+        ..Context::plain("m", "2026-01-01T12:00:00Z".parse().unwrap())
     };
     apply(kind, &maps, None, Some(&old), body.as_bytes(), FieldValidation::Strict, false, &context)
 }
