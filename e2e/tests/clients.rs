@@ -6,6 +6,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use e2e::{Home, Ran, Up, eventually, prerequisites, run};
 use serde_json::{Value, json};
 use tokio::process::Command;
@@ -382,7 +384,7 @@ async fn a_bootstrap_token_leads_to_a_nodes_certificate() -> Result<()> {
     let csr = json!({
         "apiVersion": "certificates.k8s.io/v1", "kind": "CertificateSigningRequest", "metadata": {"name": "far"},
         "spec": {
-            "request": encode(request.as_bytes()), "usages": ["digital signature", "client auth"],
+            "request": BASE64.encode(request), "usages": ["digital signature", "client auth"],
             "signerName": "kubernetes.io/kube-apiserver-client-kubelet",
         },
     });
@@ -397,18 +399,4 @@ async fn a_bootstrap_token_leads_to_a_nodes_certificate() -> Result<()> {
     })
     .await?;
     up.stop().await
-}
-
-/// Base64.
-fn encode(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::new();
-    for chunk in bytes.chunks(3) {
-        let bits = (0..3).fold(0_u32, |bits, at| (bits << 8) | chunk.get(at).copied().map_or(0, u32::from));
-        for at in 0..4 {
-            let digit = DIGITS[((bits >> (18 - 6 * at)) & 63) as usize];
-            text.push(if at <= chunk.len() { char::from(digit) } else { '=' });
-        }
-    }
-    text
 }

@@ -1,5 +1,6 @@
 //! `vmpod up` comes, goes, crashes and comes back; machines follow its rules.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -172,22 +173,7 @@ async fn another_hosts_node_joins() -> Result<()> {
     let first = Home::new("api")?;
     let up = first.up(&["--name", "first"]).await?;
     let second = Home::with_tiny("joined").await?;
-    let mut node = second.command()?;
-    let log = std::fs::File::create(second.path().with_extension("log"))?;
-    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--kubeconfig"])
-        .arg(up.kubeconfig());
-    let mut node = node.kill_on_drop(true).stderr(log).spawn()?;
-    let result = on_second(&up, &second).await;
-    if result.is_err() {
-        let log = std::fs::read_to_string(second.path().with_extension("log"))?;
-        return result.with_context(|| format!("log of vmpod node:\n{log}"));
-    }
-
-    let pid = node.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw);
-    rustix::process::kill_process(pid.context("the node ended")?, Signal::TERM)?;
-    let status = tokio::time::timeout(Duration::from_mins(1), node.wait()).await.context("the node didn't end")??;
-    ensure!(status.code() == Some(0), "{status}");
-    second.assert_no_process()?;
+    second_joins(&up, &second, up.kubeconfig(), &[]).await?;
     up.stop().await
 }
 
@@ -198,32 +184,37 @@ async fn a_host_joins_with_a_bootstrap_token() -> Result<()> {
     let second = Home::with_tiny("bootstrapped").await?;
     let (bootstrap, own) = (second.path().join("bootstrap"), second.path().join("own"));
     std::fs::write(&bootstrap, first.vmpod(&["token", "create", "--kubeconfig"]).await?.ok()?)?;
-    let mut node = second.command()?;
-    let log = second.path().with_extension("log");
-    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--node-label", "rack=7"]);
-    node.args(["--taint", "far=yes:PreferNoSchedule", "--bootstrap-kubeconfig"]).arg(&bootstrap);
-    node.arg("--kubeconfig").arg(&own);
-    let mut node = node.kill_on_drop(true).stderr(std::fs::File::create(&log)?).spawn()?;
-    let result = on_second(&up, &second).await;
-    if result.is_err() {
-        return result
-            .with_context(|| format!("log of vmpod node:\n{}", std::fs::read_to_string(&log).unwrap_or_default()));
-    }
-    let shown =
-        up.kubectl_ok(&["get", "node", "second", "-o", "jsonpath={.metadata.labels.rack} {.spec.taints[*].key}"]);
-    let shown = shown.await?;
-    ensure!(shown == "7 far", "{shown}");
+    let bootstrap = bootstrap.to_string_lossy();
+    let said = ["--node-label", "rack=7", "--taint", "far=yes:PreferNoSchedule", "--bootstrap-kubeconfig", &bootstrap];
+    second_joins(&up, &second, &own, &said).await?;
+    let path = "jsonpath={.metadata.labels.rack} {.spec.taints[*].key}";
+    let shown = up.kubectl_ok(&["get", "node", "second", "-o", path]).await?;
+    ensure!(shown.starts_with("7 far"), "{shown}");
     // What it keeps is its own identity, and not the token.
     let kept = std::fs::read_to_string(&own)?;
     ensure!(kept.contains("system:node:second") && !kept.contains("token"), "{kept}");
     let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(&own)?) & 0o777;
     ensure!(mode == 0o600, "{mode:o}");
+    up.stop().await
+}
+
+/// Joins a host as the node `second`, runs a pod on it, and ends it in order.
+async fn second_joins(up: &Up, second: &Home, kubeconfig: &Path, said: &[&str]) -> Result<()> {
+    let log = second.path().with_extension("log");
+    let mut node = second.command()?;
+    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0"]).args(said);
+    node.arg("--kubeconfig").arg(kubeconfig);
+    let mut node = node.kill_on_drop(true).stderr(std::fs::File::create(&log)?).spawn()?;
+    let result = on_second(up, second).await;
+    if result.is_err() {
+        let log = std::fs::read_to_string(&log)?;
+        return result.with_context(|| format!("log of vmpod node:\n{log}"));
+    }
     let pid = node.id().and_then(|pid| i32::try_from(pid).ok()).and_then(rustix::process::Pid::from_raw);
     rustix::process::kill_process(pid.context("the node ended")?, Signal::TERM)?;
     let status = tokio::time::timeout(Duration::from_mins(1), node.wait()).await.context("the node didn't end")??;
     ensure!(status.code() == Some(0), "{status}");
-    second.assert_no_process()?;
-    up.stop().await
+    second.assert_no_process()
 }
 
 async fn on_second(up: &Up, second: &Home) -> Result<()> {
