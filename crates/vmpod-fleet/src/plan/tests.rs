@@ -243,6 +243,9 @@ fn old_machines_are_replaced_when_they_have_no_job() {
     assert_eq!(run(&pool(1), &runners, known(0), &mut Memory::default(), 3000).drain, Vec::<String>::new());
     let plan = run(&pool(0), &runners, known(0), &mut Memory::default(), 5000);
     assert_eq!((plan.create.len(), plan.drain.len()), (1, 0), "the new one comes first");
+    let busy = spec(json!({"scale": {"max": 10}, "maxAgeSeconds": 3600}));
+    let plan = run(&busy, &[runner("busy", Phase::Busy)], known(0), &mut Memory::default(), 5000);
+    assert_eq!(plan, Plan { wanted: 1, rolled_out: true, ..Plan::default() }, "one with a job has no successor yet");
     let mut failing = Memory { failures: 3, failed: Some(at(0)), ..Memory::default() };
     assert_eq!(run(&pool(1), &runners, known(0), &mut failing, 5000).drain, Vec::<String>::new());
 }
