@@ -66,12 +66,16 @@ async fn the_ways_into_a_guest() -> Result<()> {
     ensure!(out.starts_with(head.as_bytes()), "{}", String::from_utf8_lossy(&out[..200]));
     assert_eq!(out.len(), head.len() + 300_000);
 
-    // A terminal, its size, and a new size.
+    // A terminal, its size, and a new size. A size travels beside the input, not in a row with it, so the command waits.
     let exec = Exec {
         tty: Some(Winsize { cols: 91, rows: 33 }),
         env: vec![("SECRET".into(), "s3cret".into())],
         stdin: true,
-        ..Exec::new(["sh", "-c", "stty size; echo $SECRET; read x; stty size"])
+        ..Exec::new([
+            "sh",
+            "-c",
+            "stty size; echo $SECRET; until stty size | grep -q '^50'; do sleep 0.1; done; read x; stty size",
+        ])
     };
     let mut session = guest.exec(exec).await?;
     let mut text = String::new();
@@ -85,7 +89,7 @@ async fn the_ways_into_a_guest() -> Result<()> {
     session.control.resize(Winsize { cols: 100, rows: 50 });
     session.stdin.take().context("no input")?.write_all(b"\n").await?;
     let mut rest = String::new();
-    session.stdout.read_to_string(&mut rest).await?;
+    tokio::time::timeout(PATIENCE, session.stdout.read_to_string(&mut rest)).await??;
     ensure!(rest.contains("50 100"), "{rest}");
     assert_eq!(session.wait().await?, ExitStatus::Code(0));
 

@@ -1,7 +1,8 @@
 //! A kube-rs client against the API, in the same process.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first thing that is wrong")]
 
-mod support;
+#[path = "support/wait.rs"]
+mod wait;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -17,10 +18,10 @@ use kube::core::params::Preconditions;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, ResourceExt as _};
 use serde_json::json;
-use support::until;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use vmpod_apiserver::{ApiServer, Identity, Options};
+use wait::until;
 
 struct World {
     server: ApiServer,

@@ -1,18 +1,19 @@
 //! Who may do what: roles and bindings, bootstrap tokens, priority classes, disruption budgets.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "a test stops at the first thing that is wrong")]
 
-mod support;
+#[path = "support/wait.rs"]
+mod wait;
 
 use axum::body::Body;
 use base64::Engine as _;
 use http::{Method, Request};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
-use support::until;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tower::ServiceExt as _;
 use vmpod_apiserver::{ApiServer, Identity, Options};
+use wait::until;
 
 const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1";
 const JSON: &str = "application/json";
