@@ -1,9 +1,9 @@
-//! What probes and lifecycle hooks do: run a command in the guest, or ask one of its ports.
+//! What probes and lifecycle hooks do: run a command in the guest or in a container beside it, or ask one of its ports.
 //!
-//! Ports are reached through the connection to the guest, at the guest's own loopback: the forwarded ports of a `user` network
+//! A guest's ports are reached through the connection to the guest, at the guest's own loopback: the forwarded ports of a `user` network
 //! take connections whether or not anything in the guest listens, so that asking them would prove nothing.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use http::{Method, Request, Uri, header};
@@ -19,11 +19,14 @@ use rustls::{
     crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
 };
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite},
+    net::TcpStream,
+};
 use tokio_util::task::AbortOnDropHandle;
 use vmpod_machine::{Exec, Guest, Signal};
 
-use crate::{error_chain, run_config::RunConfig};
+use crate::{docker::Docker, error_chain, run_config::RunConfig, server::Duplex};
 
 /// How much of a command's output is told of, as in the kubelet (pkg/probe/exec).
 const OUTPUT: u64 = 10 << 10;
@@ -65,9 +68,21 @@ impl<'a> Action<'a> {
     }
 }
 
-/// Where it is done.
+/// Where something is done.
+#[derive(Clone)]
+pub(crate) enum Where {
+    Guest(Guest),
+    /// A container beside the machine, and the address at which its ports are.
+    Container {
+        docker: Docker,
+        id: String,
+        address: Option<Ipv4Addr>,
+    },
+}
+
+/// Where it is done, and for which container.
 pub(crate) struct Place<'a> {
-    pub(crate) guest: &'a Guest,
+    pub(crate) at: &'a Where,
     pub(crate) container: &'a Container,
     pub(crate) run: Option<&'a RunConfig>,
 }
@@ -100,12 +115,19 @@ impl Place<'_> {
         }
     }
 
-    async fn connect(
-        &self,
-        port: &IntOrString,
-    ) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + 'static, String> {
+    async fn connect(&self, port: &IntOrString) -> Result<Box<dyn Duplex>, String> {
         let port = self.port(port)?;
-        self.guest.forward(port).await.map_err(|error| error_chain(&error))
+        match self.at {
+            Where::Guest(guest) => {
+                let stream = guest.forward(port).await.map_err(|error| error_chain(&error))?;
+                Ok(Box::new(stream))
+            }
+            Where::Container { address, .. } => {
+                let address = address.ok_or("the pod's containers have no address")?;
+                let stream = TcpStream::connect((address, port)).await.map_err(|error| error.to_string())?;
+                Ok(Box::new(stream))
+            }
+        }
     }
 
     fn port(&self, port: &IntOrString) -> Result<u16, String> {
@@ -125,6 +147,14 @@ impl Place<'_> {
     }
 
     async fn exec(&self, exec: &ExecAction) -> Result<(), String> {
+        let guest = match self.at {
+            Where::Guest(guest) => guest,
+            Where::Container { docker, id, .. } => {
+                let command = exec.command.clone().unwrap_or_default();
+                let (code, said) = docker.output(id, command, OUTPUT).await.map_err(|error| error.to_string())?;
+                return told(code, &said);
+            }
+        };
         let said = |error: vmpod_machine::GuestError| error_chain(&error);
         let exec = Exec {
             command: exec.command.clone().unwrap_or_default(),
@@ -132,7 +162,7 @@ impl Place<'_> {
             workdir: self.run.and_then(|run| run.workdir.clone()),
             ..Exec::default()
         };
-        let mut session = self.guest.exec(exec).await.map_err(said)?;
+        let mut session = guest.exec(exec).await.map_err(said)?;
         drop(session.stdin.take());
         // A command that outlives its time is killed, not only forgotten.
         let control = session.control.clone();
@@ -142,15 +172,18 @@ impl Place<'_> {
             tokio::join!(control.wait(), read(&mut session.stdout, &mut out), read(&mut session.stderr, &mut err));
         killer.disarm();
         a.and(b).map_err(|error| error.to_string())?;
-        match status.map_err(said)?.code() {
-            0 => Ok(()),
-            code => {
-                out.extend_from_slice(&err);
-                let text = String::from_utf8_lossy(&out).trim_end().to_owned();
-                Err(if text.is_empty() { format!("command exited with code {code}") } else { text })
-            }
-        }
+        out.extend_from_slice(&err);
+        told(status.map_err(said)?.code(), &out)
     }
+}
+
+/// A command that failed, by its own words if it had any.
+fn told(code: i32, said: &[u8]) -> Result<(), String> {
+    if code == 0 {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(said).trim_end().to_owned();
+    Err(if text.is_empty() { format!("command exited with code {code}") } else { text })
 }
 
 struct KillOnDrop(Option<vmpod_machine::ExecControl>);

@@ -10,6 +10,7 @@ use crate::{
     action::Action,
     pod::{self, Requests},
     probe::Purpose,
+    sidecars,
     snapshots::Start,
     volumes,
 };
@@ -42,12 +43,6 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
     let Some(spec) = pod::spec(pod) else {
         return Err(Refusal::new("InvalidPod", "The Pod has no spec"));
     };
-    if spec.containers.len() > 1 || spec.init_containers.as_ref().is_some_and(|list| !list.is_empty()) {
-        return Err(Refusal::new(
-            "SidecarsUnsupported",
-            "This node runs Pods of one container, which is the virtual machine: sidecars and init containers are not supported yet",
-        ));
-    }
     for volume in spec.volumes.iter().flatten() {
         if let Some(what) = volumes::unsupported(volume) {
             let message = format!("Volume {:?}: {what} is not supported on this node", volume.name);
@@ -86,6 +81,61 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
             "StartUnsupported",
             format!("Annotation {}={other:?}: it takes \"auto\", \"boot\" or \"snapshot\"", annotations::START),
         ));
+    }
+    Ok(())
+}
+
+/// Decides by the containers beside the machine. `no_engine` is why none can run here.
+pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusal> {
+    let members = sidecars::members(pod);
+    if members.is_empty() {
+        return Ok(());
+    }
+    if let Some(why) = no_engine {
+        let message = format!("The Pod has containers beside its virtual machine, which Docker runs, and {why}");
+        return Err(Refusal::new("SidecarsUnsupported", message));
+    }
+    let empty_dirs: Vec<_> = pod::spec(pod)
+        .and_then(|spec| spec.volumes.as_deref())
+        .unwrap_or_default()
+        .iter()
+        .filter(|volume| volume.empty_dir.is_some())
+        .map(|volume| volume.name.as_str())
+        .collect();
+    let mounts = |container: &Container| container.volume_mounts.clone().unwrap_or_default();
+    let machines: Vec<_> = pod::machine_container(pod).map(mounts).unwrap_or_default();
+    for member in members {
+        let container = member.container;
+        let refuse = |what: &str| {
+            let message = format!("Container {:?} asks for {what}, which this node does not support", container.name);
+            Err(Refusal::new("FieldUnsupported", message))
+        };
+        if asks_elsewhere(container) {
+            return refuse("a probe or hook of another host");
+        }
+        if container.volume_devices.as_ref().is_some_and(|devices| !devices.is_empty()) {
+            return refuse("volume devices");
+        }
+        if container.security_context.as_ref().and_then(|context| context.privileged) == Some(true) {
+            return refuse("privileged, which would be root on the host (run what needs it in the virtual machine)");
+        }
+        if container.image.as_deref().unwrap_or_default().is_empty() {
+            return refuse("no image");
+        }
+        for mount in mounts(container).iter().filter(|mount| empty_dirs.contains(&mount.name.as_str())) {
+            let below = |path: &Option<String>| path.as_deref().is_some_and(|path| !path.is_empty());
+            if below(&mount.sub_path) || below(&mount.sub_path_expr) {
+                // Another container of the pod could put a link there that leads out of the volume.
+                return refuse("subPath of an emptyDir");
+            }
+            if machines.iter().any(|other| other.name == mount.name) {
+                let message = format!(
+                    "Volume {:?} is an emptyDir that both the virtual machine and container {:?} mount: they can't share one on this node",
+                    mount.name, container.name
+                );
+                return Err(Refusal::new("VolumesUnsupported", message));
+            }
+        }
     }
     Ok(())
 }
@@ -233,8 +283,6 @@ mod tests {
             Ok(())
         );
         for (spec, want) in [
-            (json!({"containers": [container, {"name": "side"}]}), "SidecarsUnsupported"),
-            (json!({"containers": [container], "initContainers": [{"name": "init"}]}), "SidecarsUnsupported"),
             (
                 json!({"containers": [container], "volumes": [{"name": "data", "emptyDir": {"sizeLimit": "1Gi"}}]}),
                 "VolumesUnsupported",
@@ -254,6 +302,37 @@ mod tests {
             (json!({"containers": [container], "hostNetwork": true}), "FieldUnsupported"),
         ] {
             assert_eq!(reason(supported(&pod(spec.clone()))), Some(want), "{spec}");
+        }
+    }
+
+    #[test]
+    fn what_sidecars_may_not_have_is_refused_by_name() {
+        let vm = json!({"name": "vm", "volumeMounts": [{"name": "shared", "mountPath": "/s"}]});
+        let volumes = json!([{"name": "shared", "emptyDir": {}}, {"name": "own", "emptyDir": {}}]);
+        let with = |side: Value| pod(json!({"containers": [vm, side], "volumes": volumes}));
+        assert_eq!(company(&pod(json!({"containers": [vm]})), Some("there is none".to_owned())), Ok(()));
+        let fine = json!({"name": "a", "image": "i", "volumeMounts": [{"name": "own", "mountPath": "/o"}]});
+        assert_eq!(company(&with(fine.clone()), None), Ok(()));
+        let refusal = company(&with(fine), Some("there is none".to_owned())).unwrap_err();
+        assert_eq!(refusal.reason, "SidecarsUnsupported");
+        assert!(refusal.message.ends_with("and there is none"), "{}", refusal.message);
+        for (side, want) in [
+            (json!({"name": "a"}), "FieldUnsupported"),
+            (json!({"name": "a", "image": "i", "securityContext": {"privileged": true}}), "FieldUnsupported"),
+            (
+                json!({"name": "a", "image": "i", "volumeMounts": [{"name": "own", "mountPath": "/o", "subPath": "x"}]}),
+                "FieldUnsupported",
+            ),
+            (
+                json!({"name": "a", "image": "i", "volumeMounts": [{"name": "shared", "mountPath": "/o"}]}),
+                "VolumesUnsupported",
+            ),
+            (
+                json!({"name": "a", "image": "i", "livenessProbe": {"tcpSocket": {"port": 1, "host": "db"}}}),
+                "FieldUnsupported",
+            ),
+        ] {
+            assert_eq!(reason(company(&with(side.clone()), None)), Some(want), "{side}");
         }
     }
 

@@ -3,13 +3,15 @@
 use std::{io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use futures::StreamExt as _;
+use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use vmpod_machine::{Exec, ExecSession, ExitStatus, Guest, GuestState, Machine, Signal, State, Winsize};
 
 use crate::{
+    docker::{Docker, DockerError, Life, LifeState},
+    error_chain,
     logs::{self, LogFile, LogOptions},
     pod,
     record::Main,
@@ -17,6 +19,7 @@ use crate::{
         AttachRequest, Duplex, ExecRequest, Exit, FsUsage, MachineStats, NodeStats, PodRef, PodStats, Runtime,
         RuntimeError, Streams, Target, Usage,
     },
+    sidecars::{self, Terminal},
     worker::MAIN,
     world::{View, World},
 };
@@ -48,12 +51,136 @@ impl Agent {
 
     fn container(&self, target: &Target) -> Result<View, RuntimeError> {
         let view = self.pod(&target.pod)?;
-        let known = view
-            .pod
-            .as_deref()
-            .and_then(pod::machine_container)
-            .is_some_and(|container| container.name == target.container);
+        let known = view.pod.as_deref().is_some_and(|pod| {
+            let machine = pod::machine_container(pod);
+            let members = sidecars::members(pod).into_iter().map(|member| member.container);
+            machine.into_iter().chain(members).any(|container| container.name == target.container)
+        });
         if known { Ok(view) } else { Err(RuntimeError::NoContainer(target.clone())) }
+    }
+
+    /// The last life of a container beside the machine, or the one before it; none if the machine is meant.
+    fn sidecar(&self, target: &Target, previous: bool) -> Result<Option<Life>, RuntimeError> {
+        let view = self.container(target)?;
+        let machine = view.pod.as_deref().and_then(pod::machine_container);
+        if machine.is_some_and(|container| container.name == target.container) {
+            return Ok(None);
+        }
+        let lives = view.crew.as_ref().and_then(|crew| crew.lives.get(&target.container));
+        let lives = lives.map(Vec::as_slice).unwrap_or_default();
+        let none = |why: &str| RuntimeError::NoLog { target: target.clone(), previous, why: why.to_owned() };
+        match lives {
+            [] => Err(none("the container has not started yet")),
+            [.., life, _] if previous => Ok(Some(life.clone())),
+            [_] if previous => Err(none("the container has not been restarted")),
+            [.., life] => Ok(Some(life.clone())),
+        }
+    }
+
+    /// The id of a container beside the machine that runs; none if the machine is meant.
+    fn running_sidecar(&self, target: &Target) -> Result<Option<Life>, RuntimeError> {
+        let not = |why: &str| RuntimeError::NotRunning { target: target.clone(), why: why.to_owned() };
+        let life = match self.sidecar(target, false) {
+            Err(RuntimeError::NoLog { why, .. }) => return Err(not(&why)),
+            other => other?,
+        };
+        match life.as_ref().map(|life| &life.state) {
+            Some(LifeState::Created) => Err(not("it has not started yet")),
+            Some(LifeState::Ended(_)) => Err(not("it has terminated")),
+            None | Some(LifeState::Running(_)) => Ok(life),
+        }
+    }
+
+    /// What the running containers beside the machine use.
+    async fn sidecar_stats(&self, crew: Option<&sidecars::View>) -> Vec<MachineStats> {
+        let mut all = Vec::new();
+        for (name, life) in crew.iter().flat_map(|crew| &crew.lives).filter_map(|(n, lives)| Some((n, lives.last()?))) {
+            let LifeState::Running(started) = life.state else { continue };
+            let Ok(stats) = self.docker().stats(&life.id).await else { continue };
+            let memory = stats.memory_stats.unwrap_or_default();
+            let figure = |names: &[&str]| {
+                let figures = memory.stats.as_ref();
+                names.iter().find_map(|name| figures?.get(*name).copied())
+            };
+            let used = memory.usage.unwrap_or(0);
+            // As the kubelet: what the kernel could take back at once doesn't count (cgroup v1 and v2 names).
+            let set = used.saturating_sub(figure(&["total_inactive_file", "inactive_file"]).unwrap_or(0));
+            all.push(MachineStats {
+                container: name.clone(),
+                started,
+                usage: Usage {
+                    cpu_nanoseconds: stats.cpu_stats.and_then(|cpu| cpu.cpu_usage?.total_usage).unwrap_or(0),
+                    cpu_nanocores: None,
+                    memory_working_set_bytes: set,
+                    memory_rss_bytes: figure(&["rss", "anon"]),
+                    memory_available_bytes: memory.limit.map(|limit| limit.saturating_sub(set)),
+                },
+                rootfs: None,
+                log_bytes: 0,
+            });
+        }
+        all
+    }
+
+    fn docker(&self) -> &Docker {
+        self.world.engine.docker()
+    }
+
+    /// Runs a command in a container beside the machine.
+    async fn exec_beside(
+        &self,
+        target: &Target,
+        life: &Life,
+        request: ExecRequest,
+        streams: Streams,
+    ) -> Result<Exit, RuntimeError> {
+        let failed = |error: DockerError| RuntimeError::Guest {
+            what: format!("could not run {:?} in {target}", request.command.first().map_or("", String::as_str)),
+            source: Box::new(error),
+        };
+        let docker = self.docker();
+        let session = docker.exec(&life.id, request.command.clone(), request.tty, streams.stdin.is_some()).await;
+        let session = session.map_err(failed)?;
+        let terminal = Terminal::Exec(docker.clone(), session.id.clone());
+        sidecars::carry(session.output, session.input, streams, terminal).await;
+        docker.exec_code(&session.id).await.map(Exit::Code).map_err(failed)
+    }
+
+    /// Joins the main process of a container beside the machine.
+    async fn attach_beside(&self, target: &Target, life: &Life, streams: Streams) -> Result<Exit, RuntimeError> {
+        let failed = |error: DockerError| RuntimeError::Guest {
+            what: format!("could not attach to {target}"),
+            source: Box::new(error),
+        };
+        let docker = self.docker();
+        let attached = docker.attach(&life.id, streams.stdin.is_some()).await.map_err(failed)?;
+        let terminal = Terminal::Main(docker.clone(), life.id.clone());
+        sidecars::carry(attached.output, attached.input, streams, terminal).await;
+        Ok(Exit::Code(0))
+    }
+
+    /// The file with the log of the machine's current attempt, or of the one before it.
+    fn log_file(&self, target: &Target, previous: bool) -> Result<LogFile, RuntimeError> {
+        let view = self.container(target)?;
+        let none = |why: &str| RuntimeError::NoLog { target: target.clone(), previous, why: why.to_owned() };
+        let record = view.record.as_ref().ok_or_else(|| none("the pod is not accepted yet"))?;
+        let attempt = record.attempt.as_ref().ok_or_else(|| none("the container has not started yet"))?;
+        let number = if previous {
+            attempt.number.checked_sub(1).ok_or_else(|| none("the container has not been restarted"))?
+        } else {
+            attempt.number
+        };
+        let path = self.world.records.log(&record.uid, &target.container, number);
+        let live = if previous { None } else { view.log };
+        if live.is_none() && !path.exists() {
+            let waiting = attempt.ended.is_none() && !matches!(attempt.main, Main::Ended { .. });
+            return Err(none(if waiting {
+                "the container is waiting to start"
+            } else {
+                "it said nothing, or its log is gone"
+            }));
+        }
+        Ok(LogFile { path, live })
     }
 
     /// The machine of a container that runs.
@@ -98,6 +225,18 @@ fn guest_error(what: String) -> impl FnOnce(vmpod_machine::GuestError) -> Runtim
     move |source| RuntimeError::Guest { what, source: Box::new(source) }
 }
 
+/// Where a port is that a container beside the machine declares, and the machine doesn't.
+fn beside(view: &View, port: u16) -> Option<std::net::Ipv4Addr> {
+    let pod = view.pod.as_deref()?;
+    let has = |container: &k8s_openapi::api::core::v1::Container| {
+        container.ports.iter().flatten().any(|declared| declared.container_port == i32::from(port))
+    };
+    let machines = pod::machine_container(pod).is_some_and(has);
+    let members = sidecars::members(pod);
+    (!machines && members.iter().any(|member| has(member.container))).then_some(())?;
+    view.crew.as_ref()?.containers
+}
+
 fn exit(status: ExitStatus) -> Exit {
     match status {
         ExitStatus::Code(code) => Exit::Code(code),
@@ -116,6 +255,9 @@ impl Runtime for Agent {
     }
 
     async fn check_running(&self, target: &Target) -> Result<(), RuntimeError> {
+        if self.running_sidecar(target)?.is_some() {
+            return Ok(());
+        }
         let (_, machine) = self.running(target)?;
         // Better a late answer than "not running" for a machine that boots.
         Self::ready(target, &machine).await.map(drop)
@@ -129,6 +271,9 @@ impl Runtime for Agent {
     }
 
     async fn exec(&self, target: &Target, request: ExecRequest, streams: Streams) -> Result<Exit, RuntimeError> {
+        if let Some(life) = self.running_sidecar(target)? {
+            return self.exec_beside(target, &life, request, streams).await;
+        }
         let (view, machine) = self.running(target)?;
         let guest = Self::ready(target, &machine).await?;
         let Streams { stdin, stdout, stderr, mut resize } = streams;
@@ -186,11 +331,14 @@ impl Runtime for Agent {
     }
 
     async fn attach(&self, target: &Target, request: AttachRequest, streams: Streams) -> Result<Exit, RuntimeError> {
+        if let Some(life) = self.running_sidecar(target)? {
+            return self.attach_beside(target, &life, streams).await;
+        }
         let (view, machine) = self.running(target)?;
         if streams.stdin.is_some() && !request.tty && view.run.as_ref().is_some_and(|run| !run.command.is_empty()) {
             tracing::debug!(%target, "attach: the main process has no input; only its output is passed on");
         }
-        let file = self.logs(target, false).await?;
+        let file = self.log_file(target, false)?;
         let Streams { stdout, stderr, .. } = streams;
         let has_main = view.run.as_ref().is_some_and(|run| !run.command.is_empty());
         tokio::join!(follow(file.clone(), logs::Stream::Stdout, stdout), follow(file, logs::Stream::Stderr, stderr));
@@ -201,31 +349,26 @@ impl Runtime for Agent {
         Ok(Exit::Code(0))
     }
 
-    async fn logs(&self, target: &Target, previous: bool) -> Result<LogFile, RuntimeError> {
-        let view = self.container(target)?;
-        let none = |why: &str| RuntimeError::NoLog { target: target.clone(), previous, why: why.to_owned() };
-        let record = view.record.as_ref().ok_or_else(|| none("the pod is not accepted yet"))?;
-        let attempt = record.attempt.as_ref().ok_or_else(|| none("the container has not started yet"))?;
-        let number = if previous {
-            attempt.number.checked_sub(1).ok_or_else(|| none("the container has not been restarted"))?
-        } else {
-            attempt.number
-        };
-        let path = self.world.records.log(&record.uid, &target.container, number);
-        let live = if previous { None } else { view.log };
-        if live.is_none() && !path.exists() {
-            let waiting = attempt.ended.is_none() && !matches!(attempt.main, Main::Ended { .. });
-            return Err(none(if waiting {
-                "the container is waiting to start"
-            } else {
-                "it said nothing, or its log is gone"
-            }));
+    async fn logs(
+        &self,
+        target: &Target,
+        options: LogOptions,
+    ) -> Result<BoxStream<'static, io::Result<bytes::Bytes>>, RuntimeError> {
+        if let Some(life) = self.sidecar(target, options.previous)? {
+            let lines = sidecars::open_log(self.docker(), &life.id, options).await;
+            return lines.map_err(|error| RuntimeError::Unsupported(format!("the log of {target}: {error}")));
         }
-        Ok(LogFile { path, live })
+        let lines = logs::open(self.log_file(target, options.previous)?, options).await;
+        let lines = lines.map_err(|error| RuntimeError::Unsupported(error_chain(&error)))?;
+        Ok(lines.map_err(io::Error::other).boxed())
     }
 
     async fn port_forward(&self, pod: &PodRef, port: u16) -> io::Result<Box<dyn Duplex>> {
         let view = self.pod(pod).map_err(io::Error::other)?;
+        if let Some(address) = beside(&view, port) {
+            let stream = tokio::net::TcpStream::connect((address, port)).await?;
+            return Ok(Box::new(stream));
+        }
         let container =
             view.pod.as_deref().and_then(pod::machine_container).map(|c| c.name.clone()).unwrap_or_default();
         let target = Target { pod: pod.clone(), container };
@@ -245,24 +388,31 @@ impl Runtime for Agent {
             let container = pod::machine_container(&pod).map(|container| container.name.clone()).unwrap_or_default();
             let log = self.world.records.log(&record.uid, &container, attempt.number);
             let limit = machine.spec().memory.bytes();
+            let mut containers = self.sidecar_stats(view.crew.as_ref()).await;
             pods.push(PodStats {
                 namespace: record.namespace.clone(),
                 name: record.name.clone(),
                 uid: record.uid.to_string(),
                 started: record.accepted,
-                containers: vec![MachineStats {
-                    container,
-                    started: attempt.started.unwrap_or(record.accepted),
-                    usage: Usage {
-                        cpu_nanoseconds: u64::try_from(stats.cpu.as_nanos()).unwrap_or(u64::MAX),
-                        cpu_nanocores: None,
-                        memory_working_set_bytes: stats.rss,
-                        memory_rss_bytes: Some(stats.rss),
-                        memory_available_bytes: Some(limit.saturating_sub(stats.rss)),
-                    },
-                    rootfs: None,
-                    log_bytes: log.metadata().map_or(0, |meta| meta.len()),
-                }],
+                containers: {
+                    containers.insert(
+                        0,
+                        MachineStats {
+                            container,
+                            started: attempt.started.unwrap_or(record.accepted),
+                            usage: Usage {
+                                cpu_nanoseconds: u64::try_from(stats.cpu.as_nanos()).unwrap_or(u64::MAX),
+                                cpu_nanocores: None,
+                                memory_working_set_bytes: stats.rss,
+                                memory_rss_bytes: Some(stats.rss),
+                                memory_available_bytes: Some(limit.saturating_sub(stats.rss)),
+                            },
+                            rootfs: None,
+                            log_bytes: log.metadata().map_or(0, |meta| meta.len()),
+                        },
+                    );
+                    containers
+                },
                 network: None,
             });
         }

@@ -61,6 +61,14 @@ impl Events {
         self.tell(ObjectReference { field_path, ..reference(pod) }, kind, reason, message.into());
     }
 
+    /// Tells something about a container of a pod.
+    pub(crate) fn of(&self, pod: &Pod, container: &str, kind: Kind, reason: &'static str, message: impl Into<String>) {
+        let inits = pod::spec(pod).and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
+        let list = if inits.iter().any(|init| init.name == container) { "initContainers" } else { "containers" };
+        let field_path = Some(format!("spec.{list}{{{container}}}"));
+        self.tell(ObjectReference { field_path, ..reference(pod) }, kind, reason, message.into());
+    }
+
     /// Tells something about a pod.
     pub(crate) fn pod(&self, pod: &Pod, kind: Kind, reason: &'static str, message: impl Into<String>) {
         self.tell(reference(pod), kind, reason, message.into());

@@ -152,7 +152,12 @@ async fn find(
 
 /// The node's credentials with the pod's pull secrets before them. A secret that is missing is told and passed over, as the
 /// kubelet does: the image may be public.
-async fn credentials(client: &kube::Client, registries: &Registries, events: &Events, pod: &Pod) -> Credentials {
+pub(crate) async fn credentials(
+    client: &kube::Client,
+    registries: &Registries,
+    events: &Events,
+    pod: &Pod,
+) -> Credentials {
     let mut credentials = registries.credentials.clone();
     let secrets: Api<Secret> = Api::namespaced(client.clone(), pod::namespace(pod));
     for reference in pod::spec(pod).and_then(|spec| spec.image_pull_secrets.as_ref()).into_iter().flatten() {

@@ -22,6 +22,7 @@ use vmpod_machine::{Adopted, FaultPoints, MachineError, MachineId, TemplateError
 use crate::{
     Options,
     agent::Agent,
+    docker::Docker,
     error_chain,
     events::{Events, Kind},
     holders,
@@ -35,6 +36,7 @@ use crate::{
     record::{Kept, Record, RecordError, Records},
     registration::{self, Profile},
     server::{self, Runtime, tls},
+    sidecars::Engine,
     snapshots::{self, Snapshots},
     source::{self, Change},
     worker::{self, Beginning},
@@ -178,7 +180,6 @@ impl Node {
             address: options.address,
             client: options.client,
             store: options.store,
-            scope,
             machines: options.machines,
             accel: options.accel,
             defaults: options.defaults,
@@ -187,6 +188,8 @@ impl Node {
             faults,
             low_ports: rustix::process::geteuid().is_root(),
             ledger: Ledger::new(allocatable, capacity.pods),
+            engine: Engine::new(Docker::new(&options.docker_host, &scope)),
+            scope,
             probes: Counts::default(),
             pods: Mutex::default(),
         });
@@ -353,6 +356,7 @@ impl Node {
             }
         }
         self.release_holders(present).await;
+        removals.spawn(remove_leftovers(Arc::clone(&self.world)));
         for record in left.records.values().filter(|record| record.terminal.is_none()) {
             if let Some(pod) = all.get(&record.uid) {
                 self.world.ledger.restore(&record.uid, pod, record.address);
@@ -490,6 +494,30 @@ impl Node {
         if all.await.is_err() {
             tracing::warn!("some machines did not stop in time; the next agent finds them");
         }
+    }
+}
+
+/// Removes containers and networks of pods that are here no more.
+async fn remove_leftovers(world: Arc<World>) {
+    let mut wait = Duration::from_secs(1);
+    // A host without an engine has none of them; an engine that is down has them still when it comes back.
+    while world.engine.missing().is_none() {
+        let docker = world.engine.docker();
+        let cleared = async {
+            for uid in docker.pods().await? {
+                if !world.pods().contains_key(&uid) {
+                    tracing::info!(pod = %uid, "no pod has these containers any more: removing them");
+                    docker.disband(&uid).await?;
+                }
+            }
+            Ok::<_, crate::docker::DockerError>(())
+        };
+        match cleared.await {
+            Ok(()) => return,
+            Err(error) => tracing::debug!(%error, "what is left of pods' containers can't be removed; trying again"),
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(Duration::from_mins(1));
     }
 }
 

@@ -46,6 +46,8 @@ pub struct Options {
     pub labels: BTreeMap<String, String>,
     /// Taints set when the Node is first made.
     pub taints: Vec<Taint>,
+    /// The Docker API that runs the containers beside machines (`unix:///var/run/docker.sock`); empty for none.
+    pub docker_host: String,
     /// Whether machines go on when the agent is told to stop.
     pub keep_vms: bool,
     /// Bytes that memory snapshots of images may take; none turns them off.

@@ -17,6 +17,7 @@ use crate::{
     pod::{self, RestartPolicy},
     probe::Failed,
     record::{Attempt, Ended, Main, Record, Stop, StopReason, Terminal, Unwell},
+    sidecars::Company,
 };
 
 /// What should be.
@@ -60,6 +61,8 @@ pub(crate) struct Observed {
     pub(crate) unready: bool,
     /// How far the preStop hook is.
     pub(crate) pre_stop: HookSeen,
+    /// How far the containers beside the machine are; none if the pod has no such.
+    pub(crate) company: Option<Company>,
     /// The job under way.
     pub(crate) job: Option<Job>,
     /// The API says that the object is gone, or that another has its name.
@@ -227,6 +230,7 @@ pub(crate) fn plan(desired: Desired<'_>, record: Option<&Record>, seen: &Observe
 fn gone(seen: &Observed, now: Timestamp) -> Plan {
     match (seen.machine == MachineSeen::Absent, seen.job) {
         (_, Some(_)) => Plan::wait(),
+        (true, None) if seen.company.is_some_and(|company| !company.gone) => Plan::wait(),
         (true, None) => Plan::step(Step::Forget),
         (false, None) => run(Job::Remove, seen, now),
     }
@@ -282,7 +286,7 @@ fn new_stop(
 fn between(pod: &Pod, record: &Record, last: Option<&Attempt>, seen: &Observed, now: Timestamp) -> Plan {
     if seen.job == Some(Job::Resolve) && record.stop.is_some() {
         // A pull may take long; a pod that is to stop doesn't wait for it.
-        return conclude_stopped(record, last).map_or_else(Plan::wait, Plan::step);
+        return conclude_stopped(record, last, seen).map_or_else(Plan::wait, Plan::step);
     }
     if seen.job.is_some() {
         return Plan::wait();
@@ -291,11 +295,23 @@ fn between(pod: &Pod, record: &Record, last: Option<&Attempt>, seen: &Observed, 
         return run(Job::Remove, seen, now);
     }
     if record.stop.is_some() {
-        return conclude_stopped(record, last).map_or_else(Plan::wait, Plan::step);
+        return conclude_stopped(record, last, seen).map_or_else(Plan::wait, Plan::step);
+    }
+    if let Some(company) = seen.company.filter(|company| company.doomed) {
+        let failed = Terminal { succeeded: false, reason: None, message: None, shown_before: false };
+        return if company.quiet { Plan::step(Step::Conclude(failed)) } else { Plan::wait() };
     }
     if let Some(ended) = last.and_then(|attempt| attempt.ended.as_ref()) {
         if !RestartPolicy::of(pod).restarts(ended.exit_code) {
-            return Plan::step(Step::Conclude(verdict(ended)));
+            return match seen.company {
+                None => Plan::step(Step::Conclude(verdict(ended))),
+                Some(Company { over: Some(good), quiet: true, .. }) => {
+                    let verdict = verdict(ended);
+                    Plan::step(Step::Conclude(Terminal { succeeded: verdict.succeeded && good, ..verdict }))
+                }
+                // Others of the pod's containers still run, or will.
+                Some(_) => Plan::wait(),
+            };
         }
         if let Some(until) = record.backoff.until()
             && until > now
@@ -303,17 +319,24 @@ fn between(pod: &Pod, record: &Record, last: Option<&Attempt>, seen: &Observed, 
             return Plan::wait_until(until);
         }
     }
-    match seen.resolved {
-        Resolved::Yes => Plan::step(Step::Begin),
-        Resolved::No => run(Job::Resolve, seen, now),
+    match (&seen.resolved, seen.company) {
+        // Its address is one in the network of the containers beside it, and the init containers come before it.
+        (_, Some(Company { address: None, .. })) | (Resolved::Yes, Some(Company { initialized: false, .. })) => {
+            Plan::wait()
+        }
+        (Resolved::Yes, _) => Plan::step(Step::Begin),
+        (Resolved::No, _) => run(Job::Resolve, seen, now),
     }
 }
 
 /// What becomes of a pod that is stopped between two attempts.
-fn conclude_stopped(record: &Record, last: Option<&Attempt>) -> Option<Step> {
+fn conclude_stopped(record: &Record, last: Option<&Attempt>, seen: &Observed) -> Option<Step> {
     let stop = record.stop.as_ref()?;
     let ended = last.and_then(|attempt| attempt.ended.as_ref());
-    stop_verdict(stop.why, ended).map(Step::Conclude)
+    let verdict = stop_verdict(stop.why, ended)?;
+    let Some(company) = seen.company else { return Some(Step::Conclude(verdict)) };
+    let succeeded = verdict.succeeded && company.over == Some(true);
+    company.quiet.then_some(Step::Conclude(Terminal { succeeded, ..verdict }))
 }
 
 /// An attempt is under way.
@@ -323,12 +346,12 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
     match &seen.machine {
         MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if attempt.started.is_some() => {
             let why = "it ran, and nothing is left of it";
-            end(pod, record, main_end(record, attempt).unwrap_or_else(|| lost(record, attempt, why, now)))
+            end(pod, record, seen, main_end(record, attempt).unwrap_or_else(|| lost(record, attempt, why, now)))
         }
         MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if seen.job.is_some() => Plan::wait(),
         MachineSeen::Absent | MachineSeen::Unfinished | MachineSeen::Prepared if stop.is_some() => {
             let message = "The pod was stopped before its machine was started".to_owned();
-            end(pod, record, ended(record, attempt, 137, "ContainerStatusUnknown", Some(message), now))
+            end(pod, record, seen, ended(record, attempt, 137, "ContainerStatusUnknown", Some(message), now))
         }
         MachineSeen::Absent => run(Job::Prepare, seen, now),
         MachineSeen::Prepared => run(Job::Start, seen, now),
@@ -336,7 +359,9 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
         MachineSeen::Failed(why) if seen.restored && !attempt.boots => Plan::step(Step::FallBack(why.clone())),
         MachineSeen::Failed(_) if seen.restored && seen.job.is_some() => Plan::wait(),
         MachineSeen::Failed(_) if seen.restored => run(Job::Remove, seen, now),
-        MachineSeen::Failed(why) => end(pod, record, ended(record, attempt, 128, "StartError", Some(why.clone()), now)),
+        MachineSeen::Failed(why) => {
+            end(pod, record, seen, ended(record, attempt, 128, "StartError", Some(why.clone()), now))
+        }
         // It may have run, and may run now. Once that is written down nothing starts it again, and it can go.
         MachineSeen::Broken(_) if attempt.started.is_none() => Plan::step(Step::NoteStarted),
         MachineSeen::Broken(_) if seen.job.is_some() => Plan::wait(),
@@ -345,7 +370,7 @@ fn live(pod: &Pod, record: &Record, attempt: &Attempt, seen: &Observed, now: Tim
             // Output that was seen late counts from then: the machine may have stopped long before this agent came.
             let give_up = seen.stopped.unwrap_or(exit.at).saturating_add(DRAIN).unwrap_or(Timestamp::MAX);
             if seen.drained || now >= give_up {
-                end(pod, record, after_exit(record, attempt, has_main, exit))
+                end(pod, record, seen, after_exit(record, attempt, has_main, exit))
             } else {
                 Plan::wait_until(give_up)
             }
@@ -429,7 +454,11 @@ fn run(job: Job, seen: &Observed, now: Timestamp) -> Plan {
 }
 
 /// The end of an attempt and what follows from it.
-fn end(pod: &Pod, record: &Record, ended: Ended) -> Plan {
+fn end(pod: &Pod, record: &Record, seen: &Observed, ended: Ended) -> Plan {
+    if seen.company.is_some() {
+        // The verdict waits for the others.
+        return Plan::step(Step::End { ended, terminal: None });
+    }
     let terminal = match &record.stop {
         Some(stop) => stop_verdict(stop.why, Some(&ended)),
         None => (!RestartPolicy::of(pod).restarts(ended.exit_code)).then(|| verdict(&ended)),

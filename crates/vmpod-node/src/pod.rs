@@ -195,20 +195,40 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    /// The sum over the containers (a limit without a request is the request) plus the overhead.
+    /// What the containers need at once (a limit without a request is the request) plus the overhead.
     pub(crate) fn of(pod: &Pod) -> Self {
         let Some(spec) = spec(pod) else { return Self::default() };
-        let mut sum = Self::default();
-        for container in &spec.containers {
+        let one = |container: &Container| {
             let resources = container.resources.as_ref();
-            sum.millicpus += request(resources, "cpu").map_or(0, Nanos::millis_up);
-            sum.memory += request(resources, "memory").map_or(0, Nanos::units_up);
-            sum.ephemeral += request(resources, "ephemeral-storage").map_or(0, Nanos::units_up);
+            Self {
+                millicpus: request(resources, "cpu").map_or(0, Nanos::millis_up),
+                memory: request(resources, "memory").map_or(0, Nanos::units_up),
+                ephemeral: request(resources, "ephemeral-storage").map_or(0, Nanos::units_up),
+            }
+        };
+        let mains = spec.containers.iter().map(one).fold(Self::default(), Self::plus);
+        // An init container runs beside the natives before it only; natives run beside everything after them.
+        let (mut natives, mut most) = (Self::default(), Self::default());
+        for container in spec.init_containers.iter().flatten() {
+            let all = natives.plus(one(container));
+            if container.restart_policy.as_deref() == Some("Always") {
+                natives = all;
+            }
+            most = most.max(all);
         }
+        let mut sum = most.max(mains.plus(natives));
         let overhead = spec.overhead.as_ref();
         sum.millicpus += quantity::of(overhead, "cpu").map_or(0, Nanos::millis_up);
         sum.memory += quantity::of(overhead, "memory").map_or(0, Nanos::units_up);
         sum
+    }
+
+    fn max(self, other: Self) -> Self {
+        Self {
+            millicpus: self.millicpus.max(other.millicpus),
+            memory: self.memory.max(other.memory),
+            ephemeral: self.ephemeral.max(other.ephemeral),
+        }
     }
 
     pub(crate) fn plus(self, other: Self) -> Self {
@@ -220,7 +240,8 @@ impl Requests {
     }
 }
 
-fn request(resources: Option<&ResourceRequirements>, name: &str) -> Option<Nanos> {
+/// What a container asks for of a resource: a limit stands in for a request.
+pub(crate) fn request(resources: Option<&ResourceRequirements>, name: &str) -> Option<Nanos> {
     let resources = resources?;
     quantity::of(resources.requests.as_ref(), name).or_else(|| quantity::of(resources.limits.as_ref(), name))
 }
@@ -238,6 +259,8 @@ pub(crate) fn entries(map: Option<&BTreeMap<String, String>>) -> impl Iterator<I
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -262,6 +285,16 @@ mod tests {
             "overhead": {"memory": "1Mi"}}}))
         .unwrap();
         assert_eq!(Requests::of(&pod), Requests { millicpus: 500, memory: (1 << 30) + (2 << 20), ephemeral: 0 });
+        let memory = |bytes: &str| json!({"requests": {"memory": bytes}});
+        let inits: Pod = serde_json::from_value(json!({"spec": {
+            "initContainers": [
+                {"name": "first", "resources": memory("50")},
+                {"name": "native", "restartPolicy": "Always", "resources": memory("10")},
+                {"name": "second", "resources": memory("45")}],
+            "containers": [{"name": "a", "resources": memory("30")}]}}))
+        .unwrap();
+        // 50 alone, then 10 + 45, then 10 + 30.
+        assert_eq!(Requests::of(&inits).memory, 55);
         let container = machine_container(&pod).unwrap();
         assert_eq!(size(container, "cpu").unwrap().units_up(), 2);
         assert_eq!(size(container, "memory").unwrap().units_up(), 1 << 30);

@@ -6,17 +6,15 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Pod};
-use tokio::{sync::watch, task::JoinSet};
-use vmpod_machine::Guest;
-
 use crate::{
-    action::{Action, Place},
+    action::{Action, Place, Where},
     pod::{self, PodUid},
     probe::{Purpose, Row, Timing, Verdict},
     run_config::RunConfig,
 };
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Container, Pod};
+use tokio::{sync::watch, task::JoinSet};
 
 /// The probes of one container, which end with this.
 pub(crate) struct Prober {
@@ -26,36 +24,34 @@ pub(crate) struct Prober {
 
 /// Answers to the probes of the pods that are here, as `/metrics/probes` shows them.
 #[derive(Debug, Default)]
-pub(crate) struct Counts(Mutex<BTreeMap<PodUid, Counted>>);
+pub(crate) struct Counts(Mutex<BTreeMap<(PodUid, String), Counted>>);
 
 #[derive(Debug)]
 struct Counted {
     namespace: String,
     pod: String,
-    container: String,
     answers: BTreeMap<(Purpose, bool), u64>,
 }
 
 impl Counts {
-    pub(crate) fn count(&self, uid: &PodUid, pod: &Pod, purpose: Purpose, good: bool) {
+    pub(crate) fn count(&self, uid: &PodUid, pod: &Pod, container: &str, purpose: Purpose, good: bool) {
         let mut all = self.lock();
-        let counted = all.entry(uid.clone()).or_insert_with(|| Counted {
+        let counted = all.entry((uid.clone(), container.to_owned())).or_insert_with(|| Counted {
             namespace: pod::namespace(pod).to_owned(),
             pod: pod::name(pod).to_owned(),
-            container: pod::machine_container(pod).map_or("", |container| &container.name).to_owned(),
             answers: BTreeMap::new(),
         });
         *counted.answers.entry((purpose, good)).or_default() += 1;
     }
 
     pub(crate) fn forget(&self, uid: &PodUid) {
-        self.lock().remove(uid);
+        self.lock().retain(|(other, _), _| other != uid);
     }
 
     /// In the `OpenMetrics` format, with the kubelet's name and labels. Names in Kubernetes need no escapes.
     pub(crate) fn render(&self) -> String {
         let mut out = "# HELP prober_probe Answers to probes by result\n# TYPE prober_probe counter\n".to_owned();
-        for (uid, Counted { namespace, pod, container, answers }) in &*self.lock() {
+        for ((uid, container), Counted { namespace, pod, answers }) in &*self.lock() {
             for ((purpose, good), number) in answers {
                 let result = if *good { "successful" } else { "failed" };
                 let purpose = purpose.title();
@@ -69,14 +65,14 @@ impl Counts {
         out + "# EOF\n"
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<PodUid, Counted>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<(PodUid, String), Counted>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What is asked, and where.
 pub(crate) struct Subject {
-    pub(crate) guest: Guest,
+    pub(crate) at: Where,
     pub(crate) container: Container,
     pub(crate) run: Option<Arc<RunConfig>>,
     /// When the container began to run: delays count from here.
@@ -118,7 +114,7 @@ struct Asker {
 
 impl Asker {
     async fn ask(&self, purpose: Purpose) {
-        let Subject { guest, container, run, since } = &self.subject;
+        let Subject { at, container, run, since } = &self.subject;
         let Some((probe, action)) = purpose.of(container).and_then(|probe| Some((probe, Action::of_probe(probe)?)))
         else {
             return;
@@ -138,7 +134,7 @@ impl Asker {
         // A slow answer is followed by the next question a whole period later, and never by two at once.
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let has_readiness = container.readiness_probe.is_some();
-        let place = Place { guest, container, run: run.as_deref() };
+        let place = Place { at, container, run: run.as_deref() };
         let mut row = Row::default();
         loop {
             ticks.tick().await;
@@ -178,7 +174,7 @@ mod tests {
         .unwrap();
         let (counts, uid) = (Counts::default(), PodUid::parse("u-1").unwrap());
         for good in [true, false, false] {
-            counts.count(&uid, &pod, Purpose::Liveness, good);
+            counts.count(&uid, &pod, "vm", Purpose::Liveness, good);
         }
         let labels = r#"container="vm",pod="p",namespace="n",pod_uid="u-1""#;
         let text = counts.render();

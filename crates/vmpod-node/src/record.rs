@@ -30,6 +30,9 @@ pub(crate) struct Record {
     /// The address of the pod's machines; absent until the first attempt.
     #[serde(default)]
     pub(crate) address: Option<Ipv4Addr>,
+    /// Containers run beside its machine.
+    #[serde(default)]
+    pub(crate) sidecars: bool,
     #[serde(default)]
     pub(crate) attempt: Option<Attempt>,
     /// How the attempt before this one ended.
@@ -163,6 +166,7 @@ impl Record {
             name: name.to_owned(),
             accepted,
             address: None,
+            sidecars: false,
             attempt: None,
             previous: None,
             backoff: Backoff::default(),

@@ -17,6 +17,7 @@ use crate::{
     plan::{MachineSeen, Observed},
     pod::{self, RestartPolicy},
     record::{Attempt, Ended, Main, Record, StopReason},
+    sidecars,
 };
 
 /// The conditions that a node agent owns; all others are left alone.
@@ -33,12 +34,15 @@ pub(crate) fn status(
     node: IpAddr,
     now: Timestamp,
     published: Option<&PodStatus>,
+    crew: Option<&sidecars::View>,
 ) -> PodStatus {
     let generation = pod.metadata.generation;
     let Some(container) = pod::machine_container(pod) else {
         return PodStatus { phase: Some("Pending".to_owned()), ..PodStatus::default() };
     };
-    let refused = record.terminal.is_some() && record.attempt.is_none() && record.stop.is_none();
+    let never = record.terminal.is_some() && record.attempt.is_none() && record.stop.is_none();
+    // With containers beside its machine it was accepted, and one of them ended it before the machine began.
+    let refused = never && !record.sidecars;
     if refused {
         let terminal = record.terminal.as_ref();
         // As the kubelet: a refused pod never had containers.
@@ -51,8 +55,8 @@ pub(crate) fn status(
             ..PodStatus::default()
         };
     }
-    let view = View::of(pod, record, seen);
-    let phase = view.phase(record);
+    let view = View::of(pod, record, seen, crew);
+    let phase = view.phase(record, crew);
     let ready = view.ready && record.terminal.is_none();
     let name = &container.name;
     let container_status = ContainerStatus {
@@ -71,13 +75,30 @@ pub(crate) fn status(
         ..ContainerStatus::default()
     };
     let succeeded = record.terminal.as_ref().map(|terminal| terminal.succeeded);
+    let mut statuses = vec![container_status];
+    statuses.extend(crew.iter().flat_map(|crew| crew.plain.iter().cloned()));
+    let inits = crew.map(|crew| crew.init.clone()).filter(|inits| !inits.is_empty());
+    // Natives are asked for their readiness as the others are.
+    let natives = inits.iter().flatten().filter(|status| native(pod, &status.name));
+    let others = statuses.iter().chain(natives).filter(|status| !status.ready);
+    let unready: Vec<_> = others.map(|status| status.name.clone()).collect();
+    let incomplete: Vec<_> = match seen.company {
+        Some(company) if !company.initialized => {
+            let waits = |status: &&ContainerStatus| {
+                if native(pod, &status.name) { status.started != Some(true) } else { !status.ready }
+            };
+            inits.iter().flatten().filter(waits).map(|status| status.name.clone()).collect()
+        }
+        _ => Vec::new(),
+    };
     let known = [published, pod.status.as_ref()]
         .into_iter()
         .flatten()
         .filter_map(|status| status.conditions.as_deref())
         .flatten();
-    let conditions = conditions(&known, &view.conditions(ready, succeeded, name, gate(pod)), generation, now);
-    let address = record.address.filter(|_| view.has_address).map(|address| address.to_string());
+    let conditions = conditions(&known, &view.conditions(&incomplete, &unready, succeeded, gate(pod)), generation, now);
+    let address = record.address.or_else(|| seen.company?.address);
+    let address = address.filter(|_| view.has_address).map(|address| address.to_string());
     PodStatus {
         phase: Some(phase.to_owned()),
         reason: record.terminal.as_ref().and_then(|t| t.reason.clone()),
@@ -87,11 +108,18 @@ pub(crate) fn status(
         host_ips: Some(vec![HostIP { ip: node.to_string() }]),
         pod_ip: address.clone(),
         pod_ips: address.map(|ip| vec![PodIP { ip }]),
-        container_statuses: Some(vec![container_status]),
+        container_statuses: Some(statuses),
+        init_container_statuses: inits,
         conditions: Some(conditions),
         observed_generation: generation,
         ..PodStatus::default()
     }
+}
+
+/// Whether an init container runs for as long as the pod does.
+fn native(pod: &Pod, name: &str) -> bool {
+    let inits = pod::spec(pod).and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
+    inits.iter().any(|init| init.name == name && init.restart_policy.as_deref() == Some("Always"))
 }
 
 /// What the pod's readiness gates say against it, in the kubelet's words (pkg/kubelet/status/generate.go).
@@ -136,7 +164,7 @@ struct View {
 }
 
 impl View {
-    fn of(pod: &Pod, record: &Record, seen: &Observed) -> Self {
+    fn of(pod: &Pod, record: &Record, seen: &Observed, crew: Option<&sidecars::View>) -> Self {
         let attempt = record.attempt.as_ref();
         let ended = attempt.and_then(|attempt| attempt.ended.as_ref());
         let restarts = attempt.map_or(0, |attempt| attempt.number);
@@ -153,12 +181,19 @@ impl View {
         if let Some(terminal) = &record.terminal {
             let state = match ended {
                 Some(ended) => terminated_state(ended),
+                None if record.stop.is_none() => waiting("PodInitializing", None),
                 None => never_located(terminal.message.as_deref()),
             };
             return Self { state, ..base };
         }
         let Some(attempt) = attempt else {
-            return Self { state: waiting_for(seen), ..base };
+            let state = match (seen.company, crew.and_then(|crew| crew.trouble.as_ref())) {
+                (_, Some(trouble)) => waiting("ContainerCreating", Some(trouble.message.clone())),
+                (Some(company), None) if !company.initialized => waiting("PodInitializing", None),
+                _ => waiting_for(seen),
+            };
+            let sandbox = crew.is_some_and(|crew| crew.containers.is_some());
+            return Self { state, sandbox, has_address: sandbox, ..base };
         };
         if let Some(ended) = ended {
             return between_attempts(pod, record, ended, seen, base);
@@ -186,26 +221,43 @@ impl View {
         }
     }
 
-    fn phase(&self, record: &Record) -> &'static str {
+    fn phase(&self, record: &Record, crew: Option<&sidecars::View>) -> &'static str {
+        let waits = |status: &ContainerStatus| {
+            status.last_state.is_none() && status.state.as_ref().is_some_and(|state| state.waiting.is_some())
+        };
         match &record.terminal {
             Some(terminal) if terminal.succeeded => "Succeeded",
             Some(_) => "Failed",
             // A container that ran before and waits to run again is a running pod's.
+            // As the kubelet: one that has never run holds up the phase.
+            None if crew.is_some_and(|crew| crew.plain.iter().any(waits)) => "Pending",
             None if self.running || self.last.is_some() || self.state.terminated.is_some() => "Running",
             None => "Pending",
         }
     }
 
     /// `gate` is what keeps a pod from being ready whose containers are.
-    fn conditions(&self, ready: bool, succeeded: Option<bool>, container: &str, gate: Option<String>) -> [Said; 5] {
-        let unready =
-            || Said::no("", "ContainersNotReady", Some(format!("containers with unready status: [{container}]")));
-        let (ready, initialized) = match succeeded {
+    fn conditions(
+        &self,
+        incomplete: &[String],
+        unready: &[String],
+        succeeded: Option<bool>,
+        gate: Option<String>,
+    ) -> [Said; 5] {
+        let ready = unready.is_empty() && incomplete.is_empty();
+        let unready = || {
+            Said::no("", "ContainersNotReady", Some(format!("containers with unready status: [{}]", unready.join(" "))))
+        };
+        let (ready, mut initialized) = match succeeded {
             Some(true) => (Said::no("", "PodCompleted", None), Said::yes("").because("PodCompleted")),
             Some(false) => (Said::no("", "PodFailed", None), Said::yes("")),
             None if ready => (Said::yes(""), Said::yes("")),
             None => (unready(), Said::yes("")),
         };
+        if succeeded.is_none() && !incomplete.is_empty() {
+            let text = format!("containers with incomplete status: [{}]", incomplete.join(" "));
+            initialized = Said::no("", "ContainersNotInitialized", Some(text));
+        }
         let pod_ready = match gate {
             Some(why) if ready.status => Said::no("", "ReadinessGatesNotReady", Some(why)),
             _ => ready.clone(),
@@ -361,7 +413,7 @@ fn time(at: Timestamp) -> Time {
 ///
 /// Only what is the agent's is compared and sent. A field that should be absent is sent as null.
 pub(crate) fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
-    const OWN: [&str; 11] = [
+    const OWN: [&str; 12] = [
         "phase",
         "reason",
         "message",
@@ -371,6 +423,7 @@ pub(crate) fn patch(pod: &Pod, wanted: &PodStatus) -> Option<Value> {
         "podIP",
         "podIPs",
         "containerStatuses",
+        "initContainerStatuses",
         "observedGeneration",
         "conditions",
     ];

@@ -18,9 +18,11 @@ use crate::{
 };
 
 mod archive;
+mod host;
 mod keeper;
 
-pub(crate) use keeper::keep;
+pub(crate) use host::{file_of, write};
+pub(crate) use keeper::{Contents, REFRESH, keep};
 
 /// A file of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]

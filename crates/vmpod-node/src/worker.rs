@@ -18,11 +18,12 @@ use crate::{
     events::Kind,
     image_pull,
     plan::{Desired, HookSeen, Job, MachineSeen, Plan, Trouble, plan},
-    pod::{self, PodUid},
+    pod::{self, PodUid, RestartPolicy},
     probe::{Failed, Verdict},
     prober::Prober,
     record::{ImageChoice, Main, Record, StopReason},
     run_config::RunConfig,
+    sidecars::{self, Crew, MachineWord, Wish},
     status_writer,
     world::{Handle, View, Wanted, World},
 };
@@ -107,6 +108,8 @@ struct Worker {
     residue: MachineSeen,
     resolved: Option<ImageChoice>,
     run: Option<Arc<RunConfig>>,
+    /// The containers beside the machine, if there are any.
+    crew: Option<Crew>,
     job: Option<Job>,
     trouble: Option<(Trouble, Timestamp)>,
     failures: HashMap<Job, Backoff>,
@@ -158,6 +161,7 @@ pub(crate) fn start(world: &Arc<World>, beginning: Beginning) -> Handle {
         residue: beginning.residue,
         resolved: None,
         run,
+        crew: None,
         job: None,
         trouble: None,
         failures: HashMap::new(),
@@ -183,10 +187,11 @@ struct Signals {
     guest: Option<watch::Receiver<GuestState>>,
     drained: Option<watch::Receiver<bool>>,
     probes: Option<watch::Receiver<Verdict>>,
+    crew: Option<watch::Receiver<sidecars::View>>,
 }
 
 impl Signals {
-    fn of(machine: Option<&Machine>, local: &Local) -> Self {
+    fn of(machine: Option<&Machine>, local: &Local, crew: Option<&Crew>) -> Self {
         fn fresh<T>(mut receiver: watch::Receiver<T>) -> watch::Receiver<T> {
             receiver.mark_unchanged();
             receiver
@@ -196,6 +201,7 @@ impl Signals {
             guest: machine.map(|machine| fresh(machine.guest().ready())),
             drained: local.collector.as_ref().map(|collector| fresh(collector.drained())),
             probes: local.prober.as_ref().map(|prober| fresh(prober.verdict().clone())),
+            crew: crew.map(|crew| fresh(crew.view().clone())),
         }
     }
 }
@@ -218,7 +224,8 @@ impl Worker {
             let machine = self.machine();
             let now = Timestamp::now();
             self.attend(machine.as_ref(), now);
-            let mut signals = Signals::of(machine.as_ref(), &self.local);
+            self.lead(&wanted);
+            let mut signals = Signals::of(machine.as_ref(), &self.local, self.crew.as_ref());
             self.call_backoff(now);
             let seen = self.observe(machine.as_ref());
             self.show(&wanted, machine.as_ref(), &seen, now);
@@ -257,6 +264,33 @@ impl Worker {
         self.pod.as_deref().is_some_and(pod::has_main)
     }
 
+    /// Tells the containers beside the machine how things are with it.
+    fn lead(&mut self, wanted: &Wanted) {
+        let Some(record) = self.record.as_ref().filter(|record| record.sidecars) else { return };
+        let attempt = record.attempt.as_ref();
+        let ended = attempt.and_then(|attempt| attempt.ended.as_ref());
+        let machine = match (attempt, ended) {
+            _ if record.terminal.is_some() => MachineWord::Over,
+            (None, _) | (Some(_), Some(_)) if record.stop.is_some() => MachineWord::Over,
+            (None, _) => MachineWord::Unbegun,
+            (Some(_), None) => MachineWord::Lives,
+            (Some(_), Some(ended)) => {
+                let again = self.pod.as_deref().is_some_and(|pod| RestartPolicy::of(pod).restarts(ended.exit_code));
+                if again { MachineWord::Lives } else { MachineWord::Over }
+            }
+        };
+        let wish = Wish {
+            pod: wanted.pod.clone(),
+            machine,
+            stop: record.stop.as_ref().map(|stop| stop.deadline),
+            over: record.terminal.is_some(),
+        };
+        match &self.crew {
+            Some(crew) => crew.wish(wish),
+            None => self.crew = Some(Crew::start(&self.world, &self.world.engine, &self.uid, wish)),
+        }
+    }
+
     /// Waits until something may have changed.
     async fn wait(&mut self, signals: &mut Signals, wake: Option<Timestamp>) {
         let input = tokio::select! {
@@ -273,6 +307,7 @@ impl Worker {
             () = changed(&mut signals.guest) => None,
             () = changed(&mut signals.drained) => None,
             () = changed(&mut signals.probes) => None,
+            () = changed(&mut signals.crew) => None,
             () = sleep_until(wake) => None,
         };
         if let Some(input) = input {

@@ -23,6 +23,7 @@ use crate::{
     prober::Counts,
     record::{Record, Records},
     run_config::RunConfig,
+    sidecars::{self, Engine},
     snapshots::Snapshots,
 };
 
@@ -45,6 +46,8 @@ pub(crate) struct World {
     pub(crate) ledger: Ledger,
     /// None where memory snapshots are turned off.
     pub(crate) snapshots: Option<Snapshots>,
+    /// What runs the containers beside machines.
+    pub(crate) engine: Engine,
     pub(crate) probes: Counts,
     pub(crate) pods: Mutex<BTreeMap<PodUid, Handle>>,
 }
@@ -69,6 +72,8 @@ pub(crate) struct View {
     pub(crate) run: Option<Arc<RunConfig>>,
     /// Who writes the current attempt's log.
     pub(crate) log: Option<Live>,
+    /// The containers beside the machine.
+    pub(crate) crew: Option<sidecars::View>,
     /// Nothing of the pod runs, and the record says so.
     pub(crate) quiet: bool,
 }
@@ -158,8 +163,11 @@ impl Ledger {
     }
 
     /// Decides whether a pod may run here, and counts it in if so.
-    pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str) -> Result<(), Refusal> {
+    ///
+    /// `no_engine` is why no containers can run beside machines here.
+    pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str, no_engine: Option<String>) -> Result<(), Refusal> {
         admit::supported(pod)?;
+        admit::company(pod, no_engine)?;
         let mut book = self.book();
         let used = book.admitted.iter().filter(|(other, _)| *other != uid);
         let (count, used) =
@@ -209,9 +217,9 @@ mod tests {
         )
         .unwrap();
         let (a, b) = (PodUid::parse("a").unwrap(), PodUid::parse("b").unwrap());
-        ledger.admit(&a, &pod, "n").unwrap();
-        ledger.admit(&a, &pod, "n").unwrap();
-        assert_eq!(ledger.admit(&b, &pod, "n").unwrap_err().reason, "OutOfmemory");
+        ledger.admit(&a, &pod, "n", None).unwrap();
+        ledger.admit(&a, &pod, "n", None).unwrap();
+        assert_eq!(ledger.admit(&b, &pod, "n", None).unwrap_err().reason, "OutOfmemory");
         let none = BTreeSet::new();
         let first = ledger.address(&a, &a.machine(0), &none).unwrap();
         assert_eq!(
@@ -222,6 +230,6 @@ mod tests {
         let taken = BTreeSet::from([ledger.address(&b, &b.machine(0), &none).unwrap()]);
         assert!(!taken.contains(&first));
         ledger.release(&a);
-        ledger.admit(&b, &pod, "n").unwrap();
+        ledger.admit(&b, &pod, "n", None).unwrap();
     }
 }

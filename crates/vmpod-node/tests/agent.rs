@@ -17,6 +17,7 @@ use vmpod_machine::{
     ExitCause, FaultPoints, GuestState, MachineId, Signal, StdStream, Waiting,
     fake::{Event, MainScript, PowerButton, Ready, Script, Start, World},
 };
+use vmpod_node::logs::LogOptions;
 use vmpod_node::server::{ExecRequest, PodRef, Streams, Target};
 
 fn vm(extra: Value) -> Value {
@@ -263,9 +264,9 @@ async fn the_kubelet_side_reaches_the_guest() {
     let mut text = String::new();
     tokio::io::AsyncReadExt::read_to_string(&mut reader, &mut text).await.unwrap();
     assert_eq!(text, "echo hi\n");
-    let log = runtime.logs(&target, false).await.unwrap();
-    assert!(log.live.is_some());
-    assert!(runtime.logs(&target, true).await.is_err(), "there is no previous attempt");
+    assert!(runtime.logs(&target, LogOptions::default()).await.is_ok());
+    let previous = LogOptions { previous: true, ..LogOptions::default() };
+    assert!(runtime.logs(&target, previous).await.is_err(), "there is no previous attempt");
     let other = Target { pod: PodRef { uid: Some(UIDS[1].to_owned()), ..pod.clone() }, container: "vm".to_owned() };
     assert!(runtime.check_running(&other).await.is_err(), "another UID is another pod");
     assert!(runtime.check_running(&Target { pod, container: "x".to_owned() }).await.is_err());

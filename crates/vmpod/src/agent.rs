@@ -56,6 +56,7 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
         prefetch: args.images.prefetch.clone(),
         labels: args.object.node_label.iter().map(|label| (label.key.clone(), label.value.clone())).collect(),
         taints: args.object.taint.clone(),
+        docker_host: args.docker.docker_host.clone(),
         keep_vms: args.keep_vms,
         snapshot_budget: Some(args.snapshots.bytes).filter(|bytes| *bytes > 0),
         shutdown_grace: args.shutdown_grace,

@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) use api::{Api, ApiCommand, Token, TokenCommand, TokenCreate};
 pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
-pub(crate) use node::{Node, NodeObject};
+pub(crate) use node::{DockerHost, Node, NodeObject};
 pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
 
 const STYLES: Styles = Styles::styled()
@@ -205,6 +205,8 @@ pub(crate) struct NodeMachines {
     /// How long machines may take to shut down when this process ends
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
     pub(crate) shutdown_grace: std::time::Duration,
+    #[command(flatten)]
+    pub(crate) docker: DockerHost,
     /// What executes the guests [default: KVM or Hypervisor.framework where it works, else software]
     #[arg(long, value_name = "KIND", value_enum)]
     pub(crate) accel: Option<Accel>,
@@ -733,6 +735,8 @@ pub(crate) struct Registry {
 pub(crate) struct Doctor {
     #[command(flatten)]
     pub(crate) qemu: Qemu,
+    #[command(flatten)]
+    pub(crate) docker: DockerHost,
     /// The port of the Kubernetes API that should be free
     #[arg(long, value_name = "PORT", default_value_t = 6443)]
     pub(crate) api_port: u16,

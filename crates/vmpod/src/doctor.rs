@@ -2,6 +2,7 @@
 
 use std::io::Write as _;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -82,7 +83,7 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
     checks.push(check_port("kubelet port", args.kubelet.kubelet_port, "--kubelet-port", own));
     checks.push(check_loopback());
     checks.push(check_files(getrlimit(Resource::Nofile).current));
-    checks.push(check_docker(Path::new("/var/run/docker.sock")));
+    checks.push(check_docker(&args.docker.docker_host));
     spinner.clear();
 
     match args.output.output {
@@ -272,11 +273,22 @@ fn check_files(limit: Option<u64>) -> Check {
 }
 
 /// Docker would run sidecars; machines alone never need it.
-fn check_docker(socket: &Path) -> Check {
-    if socket.exists() {
-        Check::ok("docker", "there (not needed for machines)")
-    } else {
-        Check::ok("docker", "not there (not needed for machines)")
+/// Only pods with containers beside their machine need it.
+fn check_docker(host: &str) -> Check {
+    let Some(socket) = host.strip_prefix("unix://").map(Path::new) else {
+        return Check::ok("docker", "turned off: pods with sidecars are refused");
+    };
+    let mend = "`apt-get install docker.io` on Debian, or name its socket with --docker-host";
+    if !socket.exists() {
+        let found = format!("there is no {}: pods with sidecars are refused", socket.display());
+        return Check::warning("docker", found, mend);
+    }
+    match UnixStream::connect(socket) {
+        Ok(_) => Check::ok("docker", format!("{} answers: it runs sidecars", socket.display())),
+        Err(error) => {
+            let mend = "start Docker, or let this user reach it (`usermod -aG docker USER`)";
+            Check::warning("docker", format!("{} can't be reached: {error}", socket.display()), mend)
+        }
     }
 }
 

@@ -731,3 +731,59 @@ fn hooks_run_once_and_in_their_place() {
     assert_eq!(next(&gone, Some(&record), &running, 40).steps, [Step::Kill], "a hook has no longer than its pod");
     assert_eq!(step(&gone, &record, &Observed { pre_stop: HookSeen::Done, ..ready }), Some(Step::SignalMain));
 }
+
+#[test]
+fn a_machine_waits_for_and_with_the_containers_beside_it() {
+    let job = pod("Never", true);
+    let with = |company: Company, resolved| Observed { company: Some(company), resolved, ..Observed::default() };
+    let address = Some([172, 18, 0, 1].into());
+    let nothing = Company::default();
+    assert_eq!(step(&job, &accepted(), &with(nothing, Resolved::No)), None, "it has no address yet");
+    let held = Company { address, ..nothing };
+    assert_eq!(step(&job, &accepted(), &with(held, Resolved::No)), Some(Step::Run(Job::Resolve)));
+    assert_eq!(step(&job, &accepted(), &with(held, Resolved::Yes)), None, "init containers run");
+    let ready = Company { initialized: true, ..held };
+    assert_eq!(step(&job, &accepted(), &with(ready, Resolved::Yes)), Some(Step::Begin));
+    // An init container that failed for good.
+    let doomed = Company { doomed: true, ..held };
+    assert_eq!(step(&job, &accepted(), &with(doomed, Resolved::Yes)), None, "a native still runs");
+    let verdict = step(&job, &accepted(), &with(Company { quiet: true, ..doomed }, Resolved::Yes));
+    assert!(matches!(verdict, Some(Step::Conclude(Terminal { succeeded: false, .. }))), "{verdict:?}");
+    // The end of the machine is no verdict on the others.
+    let record = started(Main::Ended { code: Some(0), started: None, at: at(2), why: None });
+    let gone = Observed { drained: true, company: Some(ready), ..exit(ExitCause::Killed).into_seen() };
+    assert!(matches!(step(&job, &record, &gone), Some(Step::End { terminal: None, .. })));
+    for (over, quiet, want) in [
+        (None, false, None),
+        (Some(true), false, None),
+        (Some(true), true, Some(true)),
+        (Some(false), true, Some(false)),
+    ] {
+        let company = Company { over, quiet, ..ready };
+        let got = match step(&job, &over_with(0), &with(company, Resolved::No)) {
+            None => None,
+            Some(Step::Conclude(terminal)) => Some(terminal.succeeded),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(got, want, "{company:?}");
+    }
+    // A pod that is deleted is over when all of it is.
+    let mut stopped = over_with(0);
+    stopped.stop = Some(Stop { why: StopReason::Deleted, deadline: at(30) });
+    let pod = deleted(job.clone(), 30);
+    let stops = Company { over: Some(true), ..ready };
+    assert_eq!(step(&pod, &stopped, &with(stops, Resolved::No)), None);
+    let verdict = step(&pod, &stopped, &with(Company { quiet: true, ..stops }, Resolved::No));
+    assert!(matches!(verdict, Some(Step::Conclude(Terminal { succeeded: true, .. }))), "{verdict:?}");
+    // What the API has no more goes when nothing is left of it.
+    let absent =
+        |company| plan(Desired { pod: None, agent_stops: None }, None, &with(company, Resolved::No), at(20)).steps;
+    assert_eq!(absent(ready), []);
+    assert_eq!(absent(Company { gone: true, ..ready }), [Step::Forget]);
+}
+
+impl MachineSeen {
+    fn into_seen(self) -> Observed {
+        seen(self)
+    }
+}

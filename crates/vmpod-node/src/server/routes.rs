@@ -20,7 +20,7 @@ use super::{
     guard::{guard, plain},
     metrics, sessions, summary,
 };
-use crate::logs::{self, LogOptions, QueryError};
+use crate::logs::{LogOptions, QueryError};
 
 /// Query parameters in order.
 pub(super) type Pairs = Query<Vec<(String, String)>>;
@@ -138,16 +138,12 @@ async fn container_logs(State(app): State<Arc<App>>, Path(path): Path<ContainerP
             return plain(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string());
         }
     };
-    let log = match app.runtime.logs(&path.into(), options.previous).await {
-        Ok(log) => log,
-        Err(error) => return error.into_response(),
-    };
-    match logs::open(log, options).await {
+    match app.runtime.logs(&path.into(), options).await {
         Ok(lines) => {
             let kind = [(header::CONTENT_TYPE, "text/plain; charset=utf-8")];
             (kind, Body::from_stream(lines)).into_response()
         }
-        Err(error) => plain(StatusCode::BAD_REQUEST, &crate::error_chain(&error)),
+        Err(error) => error.into_response(),
     }
 }
 

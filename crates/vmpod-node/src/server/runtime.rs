@@ -10,7 +10,9 @@ use tokio::{
     sync::mpsc,
 };
 
-use crate::logs::LogFile;
+use futures::stream::BoxStream;
+
+use crate::logs::LogOptions;
 
 /// A pod named by a request's path. The UID is present when the caller pinned it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -279,8 +281,12 @@ pub trait Runtime: Send + Sync + 'static {
     /// Joins the container's main process until it ends.
     async fn attach(&self, target: &Target, request: AttachRequest, streams: Streams) -> Result<Exit, RuntimeError>;
 
-    /// Where the log of the container's current attempt is, or of the one before it.
-    async fn logs(&self, target: &Target, previous: bool) -> Result<LogFile, RuntimeError>;
+    /// The log of the container's current attempt, or of the one before it. An error in it ends it.
+    async fn logs(
+        &self,
+        target: &Target,
+        options: LogOptions,
+    ) -> Result<BoxStream<'static, io::Result<bytes::Bytes>>, RuntimeError>;
 
     /// Connects to a TCP port of the pod's guest. An error here is a refused or unreachable port.
     async fn port_forward(&self, pod: &PodRef, port: u16) -> io::Result<Box<dyn Duplex>>;

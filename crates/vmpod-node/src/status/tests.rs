@@ -56,7 +56,7 @@ fn ended(code: i32, reason: &str) -> Ended {
 }
 
 fn of(pod: &Pod, record: &Record, seen: &Observed) -> PodStatus {
-    status(pod, record, seen, IpAddr::from([10, 0, 0, 1]), at(20), None)
+    status(pod, record, seen, IpAddr::from([10, 0, 0, 1]), at(20), None, None)
 }
 
 fn live(ready: bool) -> Observed {
@@ -180,9 +180,9 @@ fn times_of_transition_stay_while_nothing_changes() {
         "2001-01-01T00:00:00Z",
         "the scheduler's time"
     );
-    let later = status(&pod, &record, &live(true), IpAddr::from([10, 0, 0, 1]), at(99), Some(&first));
+    let later = status(&pod, &record, &live(true), IpAddr::from([10, 0, 0, 1]), at(99), Some(&first), None);
     assert_eq!(later, first);
-    let lost = status(&pod, &record, &live(false), IpAddr::from([10, 0, 0, 1]), at(99), Some(&first));
+    let lost = status(&pod, &record, &live(false), IpAddr::from([10, 0, 0, 1]), at(99), Some(&first), None);
     let ready = lost.conditions.unwrap().into_iter().find(|c| c.type_ == "Ready").unwrap();
     assert_eq!((ready.status.as_str(), ready.last_transition_time), ("False", Some(Time(at(99)))));
 }

@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::{
     authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec},
-    core::v1::{Pod, ServiceAccount},
+    core::v1::{Container, Pod, ServiceAccount},
 };
-use kube::{Api, api::PostParams};
+use kube::{Api, Client, api::PostParams};
 use tokio::{io::AsyncWriteExt as _, sync::watch};
 use vmpod_machine::{Exec, Guest, GuestState, Machine};
 
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Objects are fetched again this often; they are up to date in the guest within a minute.
-const REFRESH: Duration = Duration::from_secs(45);
+pub(crate) const REFRESH: Duration = Duration::from_secs(45);
 /// One try may take this long.
 const LONGEST_TRY: Duration = Duration::from_mins(2);
 
@@ -32,11 +32,17 @@ struct Token {
     renew: Timestamp,
 }
 
+/// What the volumes of a pod hold, by what the API has; tokens are kept until they are due.
+pub(crate) struct Contents {
+    client: Client,
+    tokens: BTreeMap<TokenKey, Token>,
+}
+
 struct Keeper {
     world: Arc<World>,
     facts: Facts,
     run: Option<Arc<RunConfig>>,
-    tokens: BTreeMap<TokenKey, Token>,
+    contents: Contents,
     /// What the guest has.
     shown: Option<Layout>,
 }
@@ -50,7 +56,8 @@ pub(crate) async fn keep(
     run: Option<Arc<RunConfig>>,
     mounted: impl FnOnce() + Send,
 ) {
-    let mut keeper = Keeper { world, facts, run, tokens: BTreeMap::new(), shown: None };
+    let contents = Contents::new(world.client.clone());
+    let mut keeper = Keeper { world, facts, run, contents, shown: None };
     let (mut state, mut guest) = (machine.state(), machine.guest().ready());
     let mut mounted = Some(mounted);
     let mut failures = 0_u32;
@@ -102,21 +109,38 @@ pub(crate) async fn keep(
 impl Keeper {
     async fn bring(&mut self, pod: &Pod, guest: &Guest) -> Result<(), String> {
         let container = pod::machine_container(pod).ok_or("the pod has no container")?;
-        let fetched = fetch(&self.world.client, pod::namespace(pod), &needs(pod)).await;
-        let fetched = fetched.map_err(|error| error.message())?;
-        let mut texts = BTreeMap::new();
-        for key in tokens(pod) {
-            let text = self.token(pod, &key).await?;
-            texts.insert(key, text);
-        }
         let env = self.run.as_ref().map(|run| run.env.as_slice()).unwrap_or_default();
-        let wanted = layout(pod, container, &fetched, &texts, &self.facts, env).map_err(|error| error.to_string())?;
+        let wanted = self.contents.layout(pod, container, &self.facts, env).await?;
         if self.shown.as_ref() == Some(&wanted) {
             return Ok(());
         }
         unpack(guest, &archive::archive(&wanted)).await?;
         self.shown = Some(wanted);
         Ok(())
+    }
+}
+
+impl Contents {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client, tokens: BTreeMap::new() }
+    }
+
+    /// What a container of the pod is to see now.
+    pub(crate) async fn layout(
+        &mut self,
+        pod: &Pod,
+        container: &Container,
+        facts: &Facts,
+        env: &[(String, String)],
+    ) -> Result<Layout, String> {
+        let fetched = fetch(&self.client, pod::namespace(pod), &needs(pod)).await;
+        let fetched = fetched.map_err(|error| error.message())?;
+        let mut texts = BTreeMap::new();
+        for key in tokens(pod) {
+            let text = self.token(pod, &key).await?;
+            texts.insert(key, text);
+        }
+        layout(pod, container, &fetched, &texts, facts, env).map_err(|error| error.to_string())
     }
 
     /// A token for the pod and no other, renewed when 80 % of its life is over.
@@ -127,7 +151,7 @@ impl Keeper {
         }
         let account = pod::spec(pod).and_then(|spec| spec.service_account_name.clone());
         let account = account.filter(|name| !name.is_empty()).unwrap_or_else(|| "default".to_owned());
-        let api: Api<ServiceAccount> = Api::namespaced(self.world.client.clone(), pod::namespace(pod));
+        let api: Api<ServiceAccount> = Api::namespaced(self.client.clone(), pod::namespace(pod));
         let request = TokenRequest {
             spec: Some(TokenRequestSpec {
                 audiences: key.0.clone().map(|audience| vec![audience]),

@@ -14,6 +14,7 @@ use crate::{
     pod::{self, PodUid, RestartPolicy},
     probe::Failed,
     record::{Attempt, Ended, ImageChoice, Main, Record, Stop, StopReason, Terminal, Unwell},
+    sidecars,
 };
 
 impl Worker {
@@ -122,10 +123,12 @@ impl Worker {
             });
         } else if let Some(attempt) = lost_attempt(&pod, &self.uid, now) {
             record.attempt = Some(attempt);
+            record.sidecars = sidecars::any(&pod);
             record.backoff.fail(now, now);
             self.world.ledger.restore(&self.uid, &pod, None);
         } else if pod.metadata.deletion_timestamp.is_none()
-            && let Err(refusal) = self.world.ledger.admit(&self.uid, &pod, &self.world.name)
+            && let Err(refusal) =
+                self.world.ledger.admit(&self.uid, &pod, &self.world.name, self.world.engine.missing())
         {
             self.world.events.pod(&pod, Kind::Warning, refusal.reason, refusal.message.clone());
             record.terminal = Some(Terminal {
@@ -134,6 +137,9 @@ impl Worker {
                 message: Some(format!("Pod was rejected: {}", refusal.message)),
                 shown_before: false,
             });
+        } else if sidecars::any(&pod) {
+            // Its network and its containers are next: whoever finds them finds the record as well.
+            record.sidecars = true;
         } else {
             // Nothing exists yet: the record is written when the first attempt begins.
             self.record = Some(record);
@@ -151,7 +157,10 @@ impl Worker {
         let number = record.next_attempt();
         let foreign = self.world.machines.addresses();
         let mut next = record.clone();
-        next.address = self.world.ledger.address(&self.uid, &self.uid.machine(number), &foreign);
+        next.address = match &self.crew {
+            Some(crew) => crew.view().borrow().company.address,
+            None => self.world.ledger.address(&self.uid, &self.uid.machine(number), &foreign),
+        };
         next.previous = next.attempt.take().and_then(|attempt| attempt.ended).or(next.previous);
         next.attempt = Some(Attempt {
             number,
@@ -202,7 +211,7 @@ impl Worker {
             // The machine is told again, with the shorter time.
             self.local.stopping = false;
         }
-        if self.record.as_ref().is_some_and(|record| record.attempt.is_none()) {
+        if self.record.as_ref().is_some_and(|record| record.attempt.is_none() && !record.sidecars) {
             // Nothing on disk depends on it yet.
             if let Some(record) = &mut self.record {
                 record.stop = Some(stop);
@@ -296,6 +305,7 @@ impl Worker {
             return Flow::Stuck;
         }
         self.local = Local::default();
+        self.crew = None;
         self.world.probes.forget(&self.uid);
         self.world.ledger.release(&self.uid);
         self.world.pods().remove(&self.uid);
@@ -329,7 +339,8 @@ impl Worker {
 
 /// A container that the API shows as running and of which nothing is left here.
 fn lost_attempt(pod: &Pod, uid: &PodUid, now: Timestamp) -> Option<Attempt> {
-    let shown = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+    let name = &pod::machine_container(pod)?.name;
+    let shown = pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|status| status.name == *name)?;
     let number = u32::try_from(shown.restart_count).unwrap_or(0);
     let state = shown.state.as_ref()?;
     let (exit_code, started) = match (&state.running, &state.terminated) {

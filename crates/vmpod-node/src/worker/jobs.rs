@@ -14,11 +14,14 @@ use super::{
     pod,
 };
 use crate::{
-    action::{Action, Place},
+    action::{Action, Place, Where},
     env::Facts,
     limited, snapshots, translate,
     world::Wanted,
 };
+
+/// The variable that tells the main process where the containers beside its machine are.
+const SIDECARS_ADDRESS: &str = "VMPOD_SIDECARS_ADDRESS";
 
 impl Failure {
     pub(super) fn new(reason: &str, message: impl Into<String>) -> Self {
@@ -53,12 +56,16 @@ impl Worker {
         let (world, pod) = (Arc::clone(&self.world), self.pod.clone()?);
         let number = self.record.as_ref()?.next_attempt();
         let foreign = world.machines.addresses();
-        let address = world.ledger.address(&self.uid, &self.uid.machine(number), &foreign);
+        let address = match &self.crew {
+            Some(crew) => crew.view().borrow().company.address,
+            None => world.ledger.address(&self.uid, &self.uid.machine(number), &foreign),
+        };
+        let beside = self.crew.as_ref().and_then(|crew| crew.view().borrow().containers);
         Some(Box::pin(async move {
             let container =
                 pod::machine_container(&pod).ok_or_else(|| Failure::new("InvalidPod", "the pod has no container"))?;
             let Some(address) = address else {
-                return Err(Failure::new("FailedCreatePodSandBox", "no loopback address is free"));
+                return Err(Failure::new("FailedCreatePodSandBox", "no address is free for the machine"));
             };
             let facts = Facts {
                 host_ip: world.address.to_string(),
@@ -77,7 +84,13 @@ impl Worker {
                     Failure::new("CreateContainerConfigError", message)
                 })
             };
-            let (image, run) = futures::try_join!(image, run)?;
+            let (image, mut run) = futures::try_join!(image, run)?;
+            // The pod's own address is the machine's; its own word on this one wins.
+            if let Some(address) = beside
+                && !run.env.iter().any(|(name, _)| name == SIDECARS_ADDRESS)
+            {
+                run.env.push((SIDECARS_ADDRESS.to_owned(), address.to_string()));
+            }
             let name = container.image.clone().unwrap_or_default();
             Ok(Outcome::Resolved { image: ImageChoice { name, digest: image.digest.to_string() }, run })
         }))
@@ -238,8 +251,8 @@ async fn hook(
 ) -> Result<(), String> {
     let Some(container) = pod::machine_container(pod) else { return Ok(()) };
     let Some(action) = which(pod).and_then(Action::of_hook) else { return Ok(()) };
-    let (mut state, guest) = (machine.state(), machine.guest());
-    let place = Place { guest: &guest, container, run };
+    let (mut state, at) = (machine.state(), Where::Guest(machine.guest()));
+    let place = Place { at: &at, container, run };
     tokio::select! {
         result = place.act(action) => result,
         _ = state.wait_for(vmpod_machine::State::is_final) => Err("the machine has stopped".to_owned()),

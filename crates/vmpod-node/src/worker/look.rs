@@ -9,6 +9,7 @@ use vmpod_machine::{GuestState, Machine, State};
 
 use super::{CALLED_BACKOFF, Input, MAIN, Worker, is_final};
 use crate::{
+    action::Where,
     collect::{Collector, Source},
     env::Facts,
     error_chain,
@@ -123,10 +124,12 @@ impl Worker {
             Main::Unstarted | Main::Asked | Main::Ended { .. } => return,
         };
         let known = shown(pod, attempt.number, machine);
-        let subject = Subject { guest: machine.guest(), container: container.clone(), run: self.run.clone(), since };
+        let at = Where::Guest(machine.guest());
+        let subject = Subject { at, container: container.clone(), run: self.run.clone(), since };
         let (world, pod, uid) = (Arc::clone(&self.world), Arc::clone(pod), self.uid.clone());
         self.local.prober = Some(Prober::start(subject, known, move |purpose, answer| {
-            world.probes.count(&uid, &pod, purpose, answer.is_ok());
+            let name = pod::machine_container(&pod).map_or("", |container| &container.name);
+            world.probes.count(&uid, &pod, name, purpose, answer.is_ok());
             if let Err(why) = answer {
                 let text = format!("{} probe failed: {why}", purpose.title());
                 world.events.container(&pod, Kind::Warning, "Unhealthy", text);
@@ -197,6 +200,7 @@ impl Worker {
             stopped: self.local.stopped,
             stopping: self.local.stopping,
             killing: self.local.killing,
+            company: self.crew.as_ref().map(|crew| crew.view().borrow().company),
             job: self.job,
             deleted: self.deleted,
         }
@@ -206,10 +210,15 @@ impl Worker {
     pub(super) fn show(&mut self, wanted: &Wanted, machine: Option<&Machine>, seen: &Observed, now: Timestamp) {
         let Some(pod) = &wanted.pod else { return };
         let mut shown = Arc::clone(pod);
+        let crew = self.crew.as_ref().map(|crew| crew.view().borrow().clone());
         if let Some(record) = &self.record {
             let foreign = record.terminal.as_ref().is_some_and(|terminal| terminal.shown_before);
-            if !foreign {
-                let status = status::status(pod, record, seen, self.world.address, now, self.published.as_ref());
+            // What the engine has of the pod must be known first, or what is shown of it would be wiped out.
+            let unknown = crew.as_ref().is_some_and(|crew| !crew.known && crew.trouble.is_none());
+            let over = record.terminal.is_some() && crew.as_ref().is_some_and(|crew| !crew.known);
+            if !foreign && !unknown && !over {
+                let published = self.published.as_ref();
+                let status = status::status(pod, record, seen, self.world.address, now, published, crew.as_ref());
                 let changed = self.published.as_ref() != Some(&status);
                 let newer = self.statuses.borrow().as_ref().is_none_or(|(base, _)| !Arc::ptr_eq(base, pod));
                 if changed || newer {
@@ -227,13 +236,15 @@ impl Worker {
         let attempt = self.record.as_ref().and_then(|record| record.attempt.as_ref());
         let quiet = attempt.is_none_or(|attempt| attempt.ended.is_some())
             && !matches!(seen.machine, MachineSeen::Booting | MachineSeen::Live | MachineSeen::Broken(_))
-            && seen.job.is_none();
+            && seen.job.is_none()
+            && seen.company.is_none_or(|company| company.quiet);
         self.view.send_replace(View {
             pod: Some(shown),
             record: self.record.clone().map(Arc::new),
             machine: machine.cloned(),
             run: self.run.clone(),
             log: self.local.collector.as_ref().filter(|collector| !*collector.drained().borrow()).map(Collector::live),
+            crew,
             quiet,
         });
     }
@@ -241,7 +252,8 @@ impl Worker {
 
 /// Whether the API shows this very container as started, and as ready: an agent that comes back goes on from there.
 fn shown(pod: &Pod, attempt: u32, machine: &Machine) -> Option<(bool, bool)> {
-    let status = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+    let name = &pod::machine_container(pod)?.name;
+    let status = pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|status| status.name == *name)?;
     let same = u32::try_from(status.restart_count) == Ok(attempt)
         && status.container_id.as_deref() == Some(&format!("vmpod://{}", machine.id()));
     same.then(|| (status.started.unwrap_or(false), status.ready))

@@ -117,6 +117,7 @@ impl Host {
             prefetch: Vec::new(),
             labels: std::collections::BTreeMap::new(),
             taints: Vec::new(),
+            docker_host: String::new(),
             keep_vms: wish.keep_vms,
             snapshot_budget: wish.snapshots.then_some(1 << 30),
             shutdown_grace: Duration::from_secs(5),

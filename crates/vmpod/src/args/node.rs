@@ -55,6 +55,34 @@ pub(crate) struct NodeObject {
     pub(crate) taint: Vec<Taint>,
 }
 
+/// What runs the containers beside machines.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DockerHost {
+    /// The Docker API that runs sidecars, Docker's or Podman's socket on this host; none turns them off
+    #[arg(long, value_name = "unix://SOCKET", env = "DOCKER_HOST", hide_env_values = true,
+          default_value = DockerHost::DEFAULT, value_parser = docker_host)]
+    pub(crate) docker_host: String,
+}
+
+impl DockerHost {
+    const DEFAULT: &str = "unix:///var/run/docker.sock";
+}
+
+impl Default for DockerHost {
+    fn default() -> Self {
+        Self { docker_host: Self::DEFAULT.to_owned() }
+    }
+}
+
+fn docker_host(text: &str) -> Result<String, String> {
+    match text.strip_prefix("unix://") {
+        _ if text == "none" => Ok(String::new()),
+        Some(path) if path.starts_with('/') => Ok(text.to_owned()),
+        // The machine listens at an address that the engine's networks have on this host.
+        _ => Err("the engine must run on this host: unix:///path/to/its.sock, or none".to_owned()),
+    }
+}
+
 /// A label's key: a name of at most 63 characters, perhaps after a DNS name and a slash.
 fn qualified(key: &str) -> bool {
     let (prefix, name) = key.split_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));

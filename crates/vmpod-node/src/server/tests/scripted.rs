@@ -6,6 +6,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::json;
 use tokio::{
@@ -14,7 +15,7 @@ use tokio::{
 };
 
 use crate::{
-    logs::LogFile,
+    logs::{self, LogFile, LogOptions},
     server::{
         AttachRequest, Duplex, ExecRequest, Exit, FsUsage, MachineStats, NodeStats, PodRef, PodStats, Runtime,
         RuntimeError, Streams, Target, Usage,
@@ -165,14 +166,21 @@ impl Runtime for Scripted {
         self.play(&["sizes"], request.tty, streams).await.map_err(|error| guest("attach", error))
     }
 
-    async fn logs(&self, target: &Target, previous: bool) -> Result<LogFile, RuntimeError> {
+    async fn logs(
+        &self,
+        target: &Target,
+        options: LogOptions,
+    ) -> Result<BoxStream<'static, io::Result<bytes::Bytes>>, RuntimeError> {
         Self::container(target)?;
+        let previous = options.previous;
         let log = self.log.lock().unwrap().clone().filter(|_| !previous);
-        log.ok_or_else(|| RuntimeError::NoLog {
+        let log = log.ok_or_else(|| RuntimeError::NoLog {
             target: target.clone(),
             previous,
             why: "it was never started".to_owned(),
-        })
+        })?;
+        let lines = logs::open(log, options).await.map_err(|error| guest("logs", io::Error::other(error)))?;
+        Ok(lines.map_err(io::Error::other).boxed())
     }
 
     async fn port_forward(&self, _: &PodRef, port: u16) -> io::Result<Box<dyn Duplex>> {
