@@ -58,9 +58,14 @@ pub fn hypervisors(dir: &Path) -> BTreeSet<Process> {
 
 /// Ends every process of a directory at once.
 pub fn kill_all(dir: &Path) {
+    kill_those(dir, |_| true);
+}
+
+/// Ends those processes of a directory at once.
+pub(crate) fn kill_those(dir: &Path, which: impl Fn(&Process) -> bool) {
     // A process may start another while it is looked for.
     for _ in 0..10 {
-        let left = processes(dir);
+        let left: Vec<_> = processes(dir).into_iter().filter(&which).collect();
         if left.is_empty() {
             return;
         }

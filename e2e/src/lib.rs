@@ -9,6 +9,7 @@
 //! skipped.
 
 pub mod command;
+pub mod docker;
 pub mod gitlab;
 pub mod home;
 pub mod host;
@@ -19,6 +20,7 @@ pub mod prerequisites;
 pub mod up;
 
 pub use command::{Ran, run};
+pub use docker::Docker;
 pub use home::Home;
 pub use patience::{eventually, eventually_within};
 pub use up::Up;
