@@ -1,6 +1,6 @@
 # Every command is one line that can be typed by hand as well. Each installs what it needs (scripts/prerequisites).
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest guest-debian agent tools fmt lint tidy unit doctest doc e2e test demo bench bench-image clean
+.PHONY: help deps build guest guest-debian agent tools fmt lint check-macos tidy unit doctest doc e2e test demo bench bench-image clean
 export PATH := $(PATH):$(CURDIR)/target/tools/bin
 
 help: ## say what there is
@@ -29,6 +29,9 @@ fmt: ## format the code
 
 lint: ## formatting, clippy with warnings as errors, and the repository's own checks
 	scripts/prerequisites build && cargo fmt --all --check && cargo clippy --workspace --all-targets --locked -- -D warnings && cargo xtask tidy
+
+check-macos: ## types and lints of the whole workspace for macOS on Apple silicon, on any host
+	scripts/prerequisites build && scripts/check-macos
 
 tidy: ## check what compilers don't: crate directions, file sizes, links, words
 	cargo xtask tidy

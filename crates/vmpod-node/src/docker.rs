@@ -364,11 +364,17 @@ impl Docker {
 
     /// Removes everything of a pod.
     pub(crate) async fn disband(&self, uid: &PodUid) -> Result<(), DockerError> {
-        let found = self.inventory(uid).await?;
-        for life in found.lives.values().flatten() {
-            self.remove(&life.id).await?;
+        // A request to make a container that was given up may still have made one.
+        loop {
+            let found = self.inventory(uid).await?;
+            if found == Inventory::default() {
+                break;
+            }
+            for life in found.lives.values().flatten() {
+                self.remove(&life.id).await?;
+            }
+            self.leave(uid).await?;
         }
-        self.leave(uid).await?;
         let client = self.client().await?;
         let mine = [format!("{POD}={uid}"), format!("{AGENT}={}", self.agent)];
         let options = ListVolumesOptionsBuilder::new().filters(&filters(&mine)).build();
@@ -409,7 +415,10 @@ impl Docker {
         filter.insert("type".to_owned(), vec!["container".to_owned()]);
         let events = ["start", "die", "oom", "destroy"].map(str::to_owned);
         filter.insert("event".to_owned(), events.into());
-        let options = EventsOptionsBuilder::new().filters(&filter).build();
+        // The request goes out when the first event is waited for: what happens until then is told as well.
+        let now = Timestamp::now();
+        let since = format!("{}.{:09}", now.as_second(), now.subsec_nanosecond());
+        let options = EventsOptionsBuilder::new().since(&since).filters(&filter).build();
         Ok(client.events(Some(options)).filter_map(|event| async {
             match event {
                 Ok(event) => Ok(PodUid::parse(event.actor?.attributes?.get(POD)?).ok()).transpose(),

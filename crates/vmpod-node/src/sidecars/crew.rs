@@ -221,7 +221,7 @@ impl Actor {
         loop {
             let wish = self.wish.borrow_and_update().clone();
             let now = Timestamp::now();
-            if wish.pod.is_none() || wish.stop.is_some() {
+            if wish.pod.is_none() || (wish.stop.is_some() && !wish.over) {
                 // Nothing is begun any more; what was begun shows at the next look.
                 self.stale |= !self.jobs.is_empty();
                 self.jobs.clear();
