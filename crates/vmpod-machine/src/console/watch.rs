@@ -59,6 +59,7 @@ pub(crate) struct Watch;
 
 #[cfg(not(target_os = "linux"))]
 impl Watch {
+    #[expect(clippy::unnecessary_wraps, reason = "as where there is inotify")]
     pub(crate) fn new(_path: &Path) -> io::Result<Self> {
         Ok(Self)
     }

@@ -240,6 +240,7 @@ struct Handle {
 
 #[cfg(not(target_os = "linux"))]
 impl Handle {
+    #[expect(clippy::unnecessary_wraps, reason = "as where there are process descriptors")]
     fn open(pid: u32) -> Result<Self, HypervisorError> {
         Ok(Self { pid })
     }
