@@ -164,6 +164,7 @@ pub fn plan(spec: &RunnerPoolSpec, seen: &Observed<'_>, memory: &mut Memory, now
     } else if held > goal {
         drain_surplus(spec, &alive, seen.template, held - goal, &mut plan);
     }
+    move_on(spec, &alive, memory, now, &mut plan);
     if replacing {
         // So many stay ready, old ones or new ones, whatever goes.
         let ready = count(&alive, |r| matches!(r.phase, Phase::Idle | Phase::Busy));
@@ -261,6 +262,42 @@ fn overflow(spec: &RunnerPoolSpec, oldest: Option<Timestamp>, memory: &mut Memor
     });
 }
 
+/// Whether a runner has found no room at its placement for long enough to say that there is none.
+fn stuck(runner: &Runner, now: Timestamp) -> bool {
+    runner.unschedulable && now.duration_since(runner.created) > NO_ROOM
+}
+
+/// Whether a placement is in use: those for jobs that wait long are only while some do.
+fn open(place: &Placement, memory: &Memory) -> bool {
+    place.after_seconds.is_none() || memory.overflow.contains_key(&place.name)
+}
+
+/// Replaces runners that find no room where they are by others at a later placement. The oldest of a placement stays: it takes
+/// the first room there is, and until then says that there is none.
+fn move_on(spec: &RunnerPoolSpec, alive: &[&Runner], memory: &Memory, now: Timestamp, plan: &mut Plan) {
+    if memory.paused_until().is_some_and(|until| until > now) {
+        return;
+    }
+    for (index, place) in spec.placements.iter().enumerate() {
+        let mut waiting: Vec<&&Runner> = alive
+            .iter()
+            .filter(|r| r.placement == place.name && stuck(r, now) && !plan.drain.contains(&r.name))
+            .collect();
+        waiting.sort_by_key(|r| (r.created, r.name.clone()));
+        for runner in waiting.into_iter().skip(1) {
+            let later = spec.placements[index + 1..].iter().find(|later| {
+                let there = alive.iter().filter(|r| r.placement == later.name).count();
+                let coming = plan.create.iter().filter(|name| **name == later.name).count();
+                let full = alive.iter().any(|r| r.placement == later.name && stuck(r, now));
+                open(later, memory) && !full && u32_of(there + coming) < later.max.unwrap_or(u32::MAX)
+            });
+            let Some(later) = later else { break };
+            plan.create.push(later.name.clone());
+            plan.drain.push(runner.name.clone());
+        }
+    }
+}
+
 fn create(
     spec: &RunnerPoolSpec,
     bounds: Bounds,
@@ -287,14 +324,11 @@ fn create(
     }
     let anywhere = [Placement::default()];
     let placements = if spec.placements.is_empty() { anywhere.as_slice() } else { &spec.placements };
-    let full = |name: &str| {
-        alive.iter().any(|r| r.placement == name && r.unschedulable && now.duration_since(r.created) > NO_ROOM)
-    };
+    let full = |name: &str| alive.iter().any(|r| r.placement == name && stuck(r, now));
     for _ in 0..missing {
         let place = placements.iter().find(|place| {
-            let early = place.after_seconds.is_some() && !memory.overflow.contains_key(&place.name);
             let most = place.max.unwrap_or(u32::MAX);
-            !early && !full(&place.name) && at.get(place.name.as_str()).copied().unwrap_or(0) < most
+            open(place, memory) && !full(&place.name) && at.get(place.name.as_str()).copied().unwrap_or(0) < most
         });
         let Some(place) = place else {
             plan.why = Some(("NoRoom", "no placement takes another runner now".to_owned()));

@@ -121,6 +121,27 @@ fn placements_fill_in_order_and_overflow_waits_its_time() {
 }
 
 #[test]
+fn who_finds_no_room_moves_to_a_later_placement() {
+    let pool = spec(json!({"placements": [{"name": "home"}, {"name": "cloud", "max": 2, "afterSeconds": 60}]}));
+    let at_home =
+        |name: &str| Runner { unschedulable: true, placement: "home".to_owned(), ..runner(name, Phase::Pending) };
+    let all = ["a", "b", "c", "d"].map(at_home);
+    let waits = |since: i64| Demand::Known { count: 4, oldest: Some(at(since)) };
+    let early = run(&pool, &all, waits(80), &mut Memory::default(), 100);
+    assert_eq!((early.create.len(), early.drain.len()), (0, 0), "the cloud isn't open yet");
+    // One stays, to take the first room and to tell until then that there is none; the cloud takes two.
+    let late = run(&pool, &all, waits(10), &mut Memory::default(), 100);
+    assert_eq!((late.create, late.drain), (vec!["cloud".to_owned(); 2], vec!["b".to_owned(), "c".to_owned()]));
+    // Not those that have only just been made, and not to a placement that is full itself.
+    let fresh = all.clone().map(|runner| Runner { created: at(95), ..runner });
+    assert_eq!(run(&pool, &fresh, waits(10), &mut Memory::default(), 100).drain, Vec::<String>::new());
+    let there = Runner { placement: "cloud".to_owned(), ..at_home("e") };
+    let full: Vec<Runner> = all.into_iter().chain([there]).collect();
+    let five = Demand::Known { count: 5, oldest: Some(at(10)) };
+    assert_eq!(run(&pool, &full, five, &mut Memory::default(), 100).drain, Vec::<String>::new());
+}
+
+#[test]
 fn failures_slow_a_pool_down_and_are_told() {
     let pool = spec(json!({"scale": {"max": 10}}));
     let mut memory = Memory { failures: 3, failed: Some(at(100)), ..Memory::default() };
