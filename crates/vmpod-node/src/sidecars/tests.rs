@@ -139,6 +139,8 @@ fn an_init_container_that_fails_for_good_dooms_the_pod() {
     let begin = wish(MachineWord::Unbegun);
     assert!(view(&pod("Never"), &begin, &failed, at(10)).company.doomed);
     assert_eq!(acts(&pod("Never"), &begin, &failed), ["stop native in 30"]);
+    // Not one whose machine has begun: its init containers are past.
+    assert!(!view(&pod("Never"), &wish(MachineWord::Lives), &failed, at(10)).company.doomed);
     assert!(!view(&pod("OnFailure"), &begin, &failed, at(10)).company.doomed);
     assert_eq!(acts(&pod("OnFailure"), &begin, &failed), ["run second 1"]);
 }
