@@ -3,8 +3,7 @@
 use std::{path::PathBuf, process::Stdio, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
 
 use crate::command::run;
@@ -140,14 +139,28 @@ impl Docker {
 impl Drop for Docker {
     fn drop(&mut self) {
         let pid = self.child.as_ref().and_then(Child::id);
-        if let Some(pid) = pid.and_then(|pid| rustix::process::Pid::from_raw(pid.cast_signed())) {
+        if let Some(pid) = pid.and_then(|pid| Pid::from_raw(pid.cast_signed())) {
             // In order: then its containers end, and what it mounted is unmounted.
-            if let Ok(ended) = pidfd_open(pid, PidfdFlags::empty()) {
-                kill_process(pid, Signal::TERM).ok();
-                let patience = Timespec { tv_sec: 15, tv_nsec: 0 };
-                poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&patience)).ok();
-            }
+            terminate(pid);
         }
         self.kill_engine();
     }
+}
+
+/// Asks a process to end and gives it 15 s.
+#[cfg(target_os = "linux")]
+fn terminate(pid: Pid) {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::process::{PidfdFlags, pidfd_open};
+    if let Ok(ended) = pidfd_open(pid, PidfdFlags::empty()) {
+        kill_process(pid, Signal::TERM).ok();
+        let patience = Timespec { tv_sec: 15, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&patience)).ok();
+    }
+}
+
+/// Elsewhere nothing tells of a process's end, and no engine of these tests runs.
+#[cfg(not(target_os = "linux"))]
+fn terminate(pid: Pid) {
+    kill_process(pid, Signal::TERM).ok();
 }

@@ -13,12 +13,8 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::{
-    api::core::v1::{
-        Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStateWaiting,
-        ContainerStatus, Pod,
-    },
-    apimachinery::pkg::apis::meta::v1::Time,
+use k8s_openapi::api::core::v1::{
+    Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStatus, Pod,
 };
 
 use crate::{
@@ -26,6 +22,7 @@ use crate::{
     docker::{Life, LifeEnd, LifeState},
     pod::{self, RestartPolicy},
     probe::Failed,
+    status::{time, waiting},
 };
 
 mod body;
@@ -471,13 +468,6 @@ fn container_status(
     }
 }
 
-fn waiting(reason: &str, message: Option<String>) -> ContainerState {
-    ContainerState {
-        waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
-        ..ContainerState::default()
-    }
-}
-
 fn terminated(life: &Life) -> Option<ContainerState> {
     let LifeState::Ended(end) = &life.state else { return None };
     let reason = match end.code {
@@ -498,11 +488,6 @@ fn terminated(life: &Life) -> Option<ContainerState> {
         }),
         ..ContainerState::default()
     })
-}
-
-/// Times in the API have whole seconds.
-fn time(at: Timestamp) -> Time {
-    Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
 }
 
 #[cfg(test)]

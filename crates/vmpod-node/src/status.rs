@@ -315,7 +315,7 @@ fn waiting_for(seen: &Observed) -> ContainerState {
     }
 }
 
-fn waiting(reason: &str, message: Option<String>) -> ContainerState {
+pub(crate) fn waiting(reason: &str, message: Option<String>) -> ContainerState {
     ContainerState {
         waiting: Some(ContainerStateWaiting { reason: Some(reason.to_owned()), message }),
         ..ContainerState::default()
@@ -405,7 +405,7 @@ fn conditions<'a>(
 }
 
 /// Times in the API have whole seconds.
-fn time(at: Timestamp) -> Time {
+pub(crate) fn time(at: Timestamp) -> Time {
     Time(Timestamp::from_second(at.as_second()).unwrap_or(at))
 }
 

@@ -474,7 +474,8 @@ async fn changed<T>(receiver: &mut Option<watch::Receiver<T>>) {
     }
 }
 
-async fn sleep_until(wake: Option<Timestamp>) {
+/// Waits until then; without a time, for ever.
+pub(crate) async fn sleep_until(wake: Option<Timestamp>) {
     match wake {
         Some(wake) => {
             let left = wake.duration_since(Timestamp::now());

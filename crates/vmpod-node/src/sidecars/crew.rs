@@ -21,6 +21,7 @@ use crate::{
     probe::{Failed, Purpose},
     prober::Prober,
     volumes::{self, Contents},
+    worker::sleep_until,
     world::World,
 };
 
@@ -579,14 +580,4 @@ fn shown(pod: &Pod, name: &str, id: &str) -> Option<(bool, bool)> {
 
 fn probes(container: &Container) -> bool {
     Purpose::ALL.iter().any(|purpose| purpose.of(container).is_some())
-}
-
-async fn sleep_until(wake: Option<Timestamp>) {
-    match wake {
-        Some(wake) => {
-            let left = wake.duration_since(Timestamp::now());
-            tokio::time::sleep(Duration::try_from(left).unwrap_or_default()).await;
-        }
-        None => std::future::pending().await,
-    }
 }
