@@ -115,9 +115,10 @@ impl Docker {
         self.docker_with(args, None).await
     }
 
-    async fn docker_with(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<String> {
+    /// The same, with some input.
+    pub async fn docker_with(&self, args: &[&str], stdin: Option<&[u8]>) -> Result<String> {
         let mut command = Command::new(program("docker", "docker.io")?);
-        command.env("DOCKER_HOST", self.host()).args(args);
+        command.env("DOCKER_HOST", self.host()).env("DOCKER_CONFIG", self.dir.path().join("config")).args(args);
         run(command, stdin, Duration::from_mins(1)).await?.ok()
     }
 

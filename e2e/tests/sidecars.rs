@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use e2e::registry::{PASSWORD, Registry, USER};
 use e2e::{Docker, Home, eventually, eventually_within, pods};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -216,7 +217,30 @@ async fn a_jobs_verdict_waits_for_its_containers() -> Result<()> {
         Ok(())
     })
     .await?;
-    for name in ["good", "bad-side", "bad-init", "greedy"] {
+    // A probe that fails ends a container, which starts again; a preStop hook that fails is told.
+    let mut sick = pods::tiny("sick", &["sleep", "1000"]);
+    sick["spec"]["restartPolicy"] = "Always".into();
+    let mut side = beside("side", "sleep 1000");
+    side["livenessProbe"] =
+        json!({"exec": {"command": ["sh", "-c", "! cat /tmp/dead"]}, "periodSeconds": 1, "failureThreshold": 1});
+    side["lifecycle"] = json!({"preStop": {"exec": {"command": ["sh", "-c", "echo no; exit 1"]}}});
+    if let Some(containers) = sick["spec"]["containers"].as_array_mut() {
+        containers.push(side);
+    }
+    up.apply(&sick).await?;
+    up.wait_ready("sick").await?;
+    up.kubectl_ok(&["exec", "sick", "-c", "side", "--", "touch", "/tmp/dead"]).await?;
+    eventually_within(Duration::from_mins(1), "a restart", || async {
+        let side = &up.pod("sick").await?["status"]["containerStatuses"][1];
+        ensure!(side["restartCount"] == 1 && side["ready"] == true, "{side:#}");
+        Ok(())
+    })
+    .await?;
+    let events = up.kubectl_ok(&["get", "events"]).await?;
+    for told in ["PreStopHook failed: no", "Container side failed liveness probe, will be restarted"] {
+        ensure!(events.contains(told), "{told}: {events}");
+    }
+    for name in ["good", "bad-side", "bad-init", "greedy", "sick"] {
         up.kubectl_ok(&["delete", "pod", name, "--timeout=60s"]).await?;
     }
     home.assert_clean().await?;
@@ -237,6 +261,57 @@ async fn a_jobs_verdict_waits_for_its_containers() -> Result<()> {
     .await?;
     ensure!(pods::phase(&up.pod("missing").await?) == "Pending", "{:#}", up.pod("missing").await?["status"]);
     up.kubectl_ok(&["delete", "pod", "missing", "--timeout=60s"]).await?;
+    nothing_left(&docker).await?;
+    up.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn images_come_from_registries_that_want_a_password() -> Result<()> {
+    let home = Home::with_tiny("sidecar-pulls").await?;
+    let docker = Docker::start().await?;
+    let registry = Registry::start(true).await?;
+    let image = format!("{}/ci/box:1", registry.host);
+    docker.docker(&["tag", "box:1", &image]).await?;
+    docker.docker_with(&["login", "-u", USER, "--password-stdin", &registry.host], Some(PASSWORD.as_bytes())).await?;
+    docker.docker(&["push", &image]).await?;
+    docker.docker(&["rmi", &image]).await?;
+    let up = home.up(&["--docker-host", &docker.host()]).await?;
+    let mut pod = pods::tiny("pulls", &["sleep", "1000"]);
+    let mut side = beside("side", "");
+    side["image"] = image.into();
+    side["imagePullPolicy"] = "IfNotPresent".into();
+    // It ends with its input, which `kubectl attach` closes.
+    side["command"] = json!(["cat"]);
+    side["stdin"] = true.into();
+    side["stdinOnce"] = true.into();
+    if let Some(containers) = pod["spec"]["containers"].as_array_mut() {
+        containers.push(side);
+    }
+    up.apply(&pod).await?;
+    // How Docker says so depends on what it tried last: it takes a registry on loopback for one without TLS.
+    eventually("the registry wants a password", || async {
+        let state = up.pod("pulls").await?["status"]["containerStatuses"][1]["state"].clone();
+        let reason = state["waiting"]["reason"].as_str().unwrap_or_default().to_owned();
+        ensure!(matches!(&*reason, "ErrImagePull" | "ImagePullBackOff"), "{state:#}");
+        Ok(())
+    })
+    .await?;
+    up.kubectl_ok(&["delete", "pod", "pulls", "--timeout=60s"]).await?;
+    let server = format!("--docker-server={}", registry.host);
+    let (user, password) = (format!("--docker-username={USER}"), format!("--docker-password={PASSWORD}"));
+    up.kubectl_ok(&["create", "secret", "docker-registry", "pull", &server, &user, &password]).await?;
+    pod["spec"]["imagePullSecrets"] = json!([{"name": "pull"}]);
+    up.apply(&pod).await?;
+    up.wait_ready("pulls").await?;
+    let typed = up.kubectl_with(&["attach", "-i", "pulls", "-c", "side"], Some(b"typed\n")).await?.ok()?;
+    ensure!(typed.contains("typed"), "{typed}");
+    eventually("it ended with its input", || async {
+        let state = up.pod("pulls").await?["status"]["containerStatuses"][1]["state"].clone();
+        ensure!(state["terminated"]["exitCode"] == 0, "{state:#}");
+        Ok(())
+    })
+    .await?;
+    up.kubectl_ok(&["delete", "pod", "pulls", "--timeout=60s"]).await?;
     nothing_left(&docker).await?;
     up.stop().await
 }

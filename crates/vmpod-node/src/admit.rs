@@ -85,6 +85,26 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Capabilities that a container beside the machine may add: those of Kubernetes' baseline policy
+/// (kubernetes.io/docs/concepts/security/pod-security-standards), and those over the pod's own network.
+const CAPABILITIES: [&str; 15] = [
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "MKNOD",
+    "NET_ADMIN",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+];
+
 /// Decides by the containers beside the machine. `no_engine` is why none can run here.
 pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusal> {
     let members = sidecars::members(pod);
@@ -94,6 +114,17 @@ pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusa
     if let Some(why) = no_engine {
         let message = format!("The Pod has containers beside its virtual machine, which Docker runs, and {why}");
         return Err(Refusal::new("SidecarsUnsupported", message));
+    }
+    let spec = pod::spec(pod);
+    let shared = [
+        ("hostPID", spec.and_then(|spec| spec.host_pid)),
+        ("hostIPC", spec.and_then(|spec| spec.host_ipc)),
+        ("shareProcessNamespace", spec.and_then(|spec| spec.share_process_namespace)),
+    ];
+    if let Some((what, _)) = shared.iter().find(|(_, asked)| *asked == Some(true)) {
+        let message =
+            format!("The Pod asks for {what}, which this node does not support for the containers beside its machine");
+        return Err(Refusal::new("FieldUnsupported", message));
     }
     let empty_dirs: Vec<_> = pod::spec(pod)
         .and_then(|spec| spec.volumes.as_deref())
@@ -118,6 +149,13 @@ pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusa
         }
         if container.security_context.as_ref().and_then(|context| context.privileged) == Some(true) {
             return refuse("privileged, which would be root on the host (run what needs it in the virtual machine)");
+        }
+        let capabilities = container.security_context.as_ref().and_then(|context| context.capabilities.as_ref());
+        let added = capabilities.and_then(|capabilities| capabilities.add.as_deref()).unwrap_or_default();
+        if let Some(name) = added.iter().find(|name| !CAPABILITIES.contains(&name.trim_start_matches("CAP_"))) {
+            return refuse(&format!(
+                "capability {name}, which reaches beyond the pod (run what needs it in the virtual machine)"
+            ));
         }
         if container.image.as_deref().unwrap_or_default().is_empty() {
             return refuse("no image");
@@ -318,6 +356,14 @@ mod tests {
         assert!(refusal.message.ends_with("and there is none"), "{}", refusal.message);
         for (side, want) in [
             (json!({"name": "a"}), "FieldUnsupported"),
+            (
+                json!({"name": "a", "image": "i", "securityContext": {"capabilities": {"add": ["NET_ADMIN", "CAP_SYS_ADMIN"]}}}),
+                "FieldUnsupported",
+            ),
+            (
+                json!({"name": "a", "image": "i", "securityContext": {"capabilities": {"add": ["ALL"]}}}),
+                "FieldUnsupported",
+            ),
             (json!({"name": "a", "image": "i", "securityContext": {"privileged": true}}), "FieldUnsupported"),
             (
                 json!({"name": "a", "image": "i", "volumeMounts": [{"name": "own", "mountPath": "/o", "subPath": "x"}]}),
@@ -333,6 +379,12 @@ mod tests {
             ),
         ] {
             assert_eq!(reason(company(&with(side.clone()), None)), Some(want), "{side}");
+        }
+        for field in ["hostPID", "hostIPC", "shareProcessNamespace"] {
+            let mut spec = json!({"containers": [vm, {"name": "a", "image": "i"}]});
+            assert_eq!(company(&pod(spec.clone()), None), Ok(()));
+            spec[field] = true.into();
+            assert_eq!(reason(company(&pod(spec), None)), Some("FieldUnsupported"), "{field}");
         }
     }
 

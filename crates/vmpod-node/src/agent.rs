@@ -388,31 +388,26 @@ impl Runtime for Agent {
             let container = pod::machine_container(&pod).map(|container| container.name.clone()).unwrap_or_default();
             let log = self.world.records.log(&record.uid, &container, attempt.number);
             let limit = machine.spec().memory.bytes();
-            let mut containers = self.sidecar_stats(view.crew.as_ref()).await;
+            let mut containers = vec![MachineStats {
+                container,
+                started: attempt.started.unwrap_or(record.accepted),
+                usage: Usage {
+                    cpu_nanoseconds: u64::try_from(stats.cpu.as_nanos()).unwrap_or(u64::MAX),
+                    cpu_nanocores: None,
+                    memory_working_set_bytes: stats.rss,
+                    memory_rss_bytes: Some(stats.rss),
+                    memory_available_bytes: Some(limit.saturating_sub(stats.rss)),
+                },
+                rootfs: None,
+                log_bytes: log.metadata().map_or(0, |meta| meta.len()),
+            }];
+            containers.extend(self.sidecar_stats(view.crew.as_ref()).await);
             pods.push(PodStats {
                 namespace: record.namespace.clone(),
                 name: record.name.clone(),
                 uid: record.uid.to_string(),
                 started: record.accepted,
-                containers: {
-                    containers.insert(
-                        0,
-                        MachineStats {
-                            container,
-                            started: attempt.started.unwrap_or(record.accepted),
-                            usage: Usage {
-                                cpu_nanoseconds: u64::try_from(stats.cpu.as_nanos()).unwrap_or(u64::MAX),
-                                cpu_nanocores: None,
-                                memory_working_set_bytes: stats.rss,
-                                memory_rss_bytes: Some(stats.rss),
-                                memory_available_bytes: Some(limit.saturating_sub(stats.rss)),
-                            },
-                            rootfs: None,
-                            log_bytes: log.metadata().map_or(0, |meta| meta.len()),
-                        },
-                    );
-                    containers
-                },
+                containers,
                 network: None,
             });
         }

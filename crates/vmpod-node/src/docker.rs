@@ -78,7 +78,6 @@ pub(crate) struct Life {
     pub(crate) attempt: u32,
     pub(crate) image: String,
     pub(crate) image_id: String,
-    pub(crate) tty: bool,
     pub(crate) stop_signal: Option<String>,
     pub(crate) state: LifeState,
 }
@@ -225,7 +224,7 @@ impl Docker {
 
     /// Makes the pod's network, if there is none, and what holds it: then the pod's containers have one address.
     ///
-    /// `archive` is unpacked in the holder before it is started for the first time.
+    /// `archive` is unpacked in the holder before it is started.
     pub(crate) async fn sandbox(
         &self,
         uid: &PodUid,
@@ -255,13 +254,15 @@ impl Docker {
                  sidecars need an engine on this host that runs as root"
             ))
         })?;
-        match found.holder {
+        let id = match found.holder {
             Some((_, true)) => return Ok(()),
-            Some((id, false)) => return self.start(&id).await,
-            None => {}
-        }
-        self.pause_image().await?;
-        let id = self.create(name, holder).await?;
+            // Whoever made it may have died before its directories were opened: that is done again.
+            Some((id, false)) => id,
+            None => {
+                self.pause_image().await?;
+                self.create(name, holder).await?
+            }
+        };
         let options = UploadToContainerOptionsBuilder::new().path("/").build();
         let unpacked = client.upload_to_container(&id, Some(options), bollard::body_full(Bytes::from(archive))).await;
         unpacked.map_err(|error| self.failed("make the empty directories", error))?;
@@ -287,13 +288,10 @@ impl Docker {
         import.try_for_each(|_| async { Ok(()) }).await.map_err(|error| self.failed("make the pause image", error))
     }
 
-    /// An image's id and, where it came from a registry, its name with digest.
+    /// The user that an image's containers are, empty for root; none when the image isn't here.
     pub(crate) async fn image(&self, name: &str) -> Result<Option<String>, DockerError> {
         match self.client().await?.inspect_image(name).await {
-            Ok(image) => {
-                let digest = image.repo_digests.and_then(|all| all.into_iter().next());
-                Ok(digest.or(image.id))
-            }
+            Ok(image) => Ok(Some(image.config.and_then(|config| config.user).unwrap_or_default())),
             Err(error) if is_missing(&error) => Ok(None),
             Err(error) => Err(self.failed("look for an image", error)),
         }
@@ -406,11 +404,12 @@ impl Docker {
         Ok(uids)
     }
 
-    /// The UIDs of pods one of whose containers started, ended or went, as it happens.
+    /// The UIDs of pods one of whose containers started, ended or went, as it happens. It is known before that the engine answers.
     pub(crate) async fn events(
         &self,
     ) -> Result<impl Stream<Item = Result<PodUid, DockerError>> + Send + use<'_>, DockerError> {
         let client = self.client().await?;
+        client.ping().await.map_err(|error| self.failed("ask whether it answers", error))?;
         let mut filter = filters(&[format!("{AGENT}={}", self.agent)]);
         filter.insert("type".to_owned(), vec!["container".to_owned()]);
         let events = ["start", "die", "oom", "destroy"].map(str::to_owned);
@@ -579,7 +578,6 @@ fn life(id: String, labels: &HashMap<String, String>, about: &ContainerInspectRe
         attempt: attempt.ok_or_else(|| DockerError::Odd("a container's label tells no attempt".to_owned()))?,
         image: config.image.unwrap_or_default(),
         image_id: about.image.clone().unwrap_or_default(),
-        tty: config.tty == Some(true),
         stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),
         state,
     })

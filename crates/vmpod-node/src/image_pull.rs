@@ -22,15 +22,20 @@ pub(crate) enum Policy {
 
 impl Policy {
     /// The container's policy; without one, `Always` for the tag `latest`.
-    pub(crate) fn of(container: &Container, reference: &Reference) -> Self {
+    pub(crate) fn of(container: &Container, latest: bool) -> Self {
         match container.image_pull_policy.as_deref() {
             Some("Always") => Self::Always,
             Some("Never") => Self::Never,
             Some("IfNotPresent") => Self::IfNotPresent,
-            _ if reference.digest().is_none() && reference.tag() == Some("latest") => Self::Always,
+            _ if latest => Self::Always,
             _ => Self::IfNotPresent,
         }
     }
+}
+
+/// Whether a name means the newest image of its kind.
+fn is_latest(reference: &Reference) -> bool {
+    reference.digest().is_none() && reference.tag() == Some("latest")
 }
 
 /// Why there is no image: a reason that users know, and words.
@@ -80,7 +85,7 @@ async fn find(
 ) -> Result<Image, ImageTrouble> {
     let reference =
         Reference::parse(name).map_err(|error| ImageTrouble::new("InvalidImageName", error_chain(&error)))?;
-    let policy = Policy::of(container, &reference);
+    let policy = Policy::of(container, is_latest(&reference));
     let present = {
         let (store, reference) = (store.clone(), reference.clone());
         tokio::task::spawn_blocking(move || store.get(&reference)).await
@@ -200,7 +205,7 @@ mod tests {
     fn the_tag_latest_is_pulled_always_unless_said_otherwise() {
         let policy = |image: &str, said: Option<&str>| {
             let container = Container { image_pull_policy: said.map(str::to_owned), ..Container::default() };
-            Policy::of(&container, &Reference::parse(image).unwrap())
+            Policy::of(&container, is_latest(&Reference::parse(image).unwrap()))
         };
         assert_eq!(policy("r.example/x", None), Policy::Always);
         assert_eq!(policy("r.example/x:1", None), Policy::IfNotPresent);

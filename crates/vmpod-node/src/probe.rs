@@ -28,6 +28,11 @@ impl Purpose {
         }
     }
 
+    /// Whether a container has a probe of any kind.
+    pub(crate) fn any(container: &Container) -> bool {
+        Self::ALL.iter().any(|purpose| purpose.of(container).is_some())
+    }
+
     /// As events begin.
     pub(crate) fn title(self) -> &'static str {
         match self {

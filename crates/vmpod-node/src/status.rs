@@ -116,6 +116,14 @@ pub(crate) fn status(
     }
 }
 
+/// Whether the API shows this very container as started, and as ready: an agent that comes back goes on from there.
+pub(crate) fn shown(pod: &Pod, name: &str, container_id: &str) -> Option<(bool, bool)> {
+    let status = pod.status.as_ref()?;
+    let all = status.container_statuses.iter().chain(&status.init_container_statuses).flatten();
+    let mine = all.into_iter().find(|status| status.name == name)?;
+    (mine.container_id.as_deref() == Some(container_id)).then(|| (mine.started.unwrap_or(false), mine.ready))
+}
+
 /// Whether an init container runs for as long as the pod does.
 fn native(pod: &Pod, name: &str) -> bool {
     let inits = pod::spec(pod).and_then(|spec| spec.init_containers.as_deref()).unwrap_or_default();
@@ -168,6 +176,8 @@ impl View {
         let attempt = record.attempt.as_ref();
         let ended = attempt.and_then(|attempt| attempt.ended.as_ref());
         let restarts = attempt.map_or(0, |attempt| attempt.number);
+        // The network of the containers beside the machine is there before the machine.
+        let held = crew.is_some_and(|crew| crew.containers.is_some());
         let base = Self {
             state: ContainerState::default(),
             last: record.previous.clone(),
@@ -175,8 +185,8 @@ impl View {
             running: false,
             started: false,
             ready: false,
-            has_address: attempt.is_some(),
-            sandbox: false,
+            has_address: held || attempt.is_some(),
+            sandbox: held,
         };
         if let Some(terminal) = &record.terminal {
             let state = match ended {
@@ -192,8 +202,7 @@ impl View {
                 (Some(company), None) if !company.initialized => waiting("PodInitializing", None),
                 _ => waiting_for(seen),
             };
-            let sandbox = crew.is_some_and(|crew| crew.containers.is_some());
-            return Self { state, sandbox, has_address: sandbox, ..base };
+            return Self { state, ..base };
         };
         if let Some(ended) = ended {
             return between_attempts(pod, record, ended, seen, base);
@@ -217,7 +226,7 @@ impl View {
                 sandbox: true,
                 ..base
             },
-            _ => Self { state: waiting_for(seen), sandbox: live, ..base },
+            _ => Self { state: waiting_for(seen), sandbox: live || held, ..base },
         }
     }
 

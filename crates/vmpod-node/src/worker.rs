@@ -36,7 +36,7 @@ mod look;
 pub(crate) const MAIN: &str = "main";
 
 /// A pull that failed is called a back-off after this long, as in the kubelet, where the next sync does it.
-const CALLED_BACKOFF: SignedDuration = SignedDuration::from_secs(3);
+pub(crate) const CALLED_BACKOFF: SignedDuration = SignedDuration::from_secs(3);
 
 /// What a job came to.
 enum Outcome {

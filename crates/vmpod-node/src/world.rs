@@ -14,6 +14,7 @@ use vmpod_machine::{Accel, FaultPoints, Machine, MachineId, Machines, loopback};
 
 use crate::{
     admit::{self, Refusal, Room},
+    env::Facts,
     error_chain,
     events::Events,
     holders,
@@ -87,6 +88,11 @@ pub(crate) struct Handle {
 }
 
 impl World {
+    /// What a pod at this address may ask of the node in its environment and volumes.
+    pub(crate) fn facts(&self, address: Ipv4Addr) -> Facts {
+        Facts { host_ip: self.address.to_string(), pod_ip: address.to_string(), allocatable: self.ledger.allocatable() }
+    }
+
     /// The name under which a machine holds its image.
     pub(crate) fn holder(&self, id: &MachineId) -> String {
         holders::holder(id, &self.scope)

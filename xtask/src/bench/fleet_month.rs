@@ -133,7 +133,7 @@ impl Fleet for Rule {
         }
         for (flavour, about) in FLAVOURS.iter().enumerate() {
             let busy = world.busy(flavour, HOSTS);
-            // A machine for each job that waits, too: a metric without it would never begin.
+            // At least one, or the metric would never begin.
             let wish = (busy * 10).div_ceil(3).max(1);
             let long = world.waiting(flavour).filter(|since| world.now - since >= 60).count();
             let cloud = world.busy(flavour, CLOUD) + u32::try_from(long).unwrap_or(u32::MAX);

@@ -116,6 +116,29 @@ pub(super) fn directories(pod: &Pod) -> Vec<u8> {
     tar.finish()
 }
 
+/// Whether a container that mustn't be root isn't, with the kubelet's words. `image` is the user that its image names.
+pub(super) fn check_user(pod: &Pod, container: &Container, image: &str) -> Result<(), String> {
+    let context = container.security_context.as_ref();
+    let pods = pod::spec(pod).and_then(|spec| spec.security_context.as_ref());
+    if context.and_then(|c| c.run_as_non_root).or_else(|| pods?.run_as_non_root) != Some(true) {
+        return Ok(());
+    }
+    match context.and_then(|c| c.run_as_user).or_else(|| pods?.run_as_user) {
+        Some(0) => return Err("container's runAsUser breaks non-root policy".to_owned()),
+        Some(_) => return Ok(()),
+        None => {}
+    }
+    let user = image.split(':').next().unwrap_or_default();
+    match user.parse::<u32>() {
+        Ok(0) => Err("container has runAsNonRoot and image will run as root".to_owned()),
+        Ok(_) => Ok(()),
+        Err(_) if user.is_empty() => Err("container has runAsNonRoot and image will run as root".to_owned()),
+        Err(_) => Err(format!(
+            "container has runAsNonRoot and image has non-numeric user ({user}), cannot verify user is non-root"
+        )),
+    }
+}
+
 /// What a container runs.
 #[derive(Clone, Default)]
 pub(super) struct Command {
@@ -320,6 +343,23 @@ mod tests {
         let directories = directories(&pod());
         assert!(directories.starts_with(b"volumes/work/\0"), "{directories:?}");
         assert_eq!(directories.len(), 512 + 1024);
+    }
+
+    #[test]
+    fn who_must_not_be_root_is_not() {
+        let check = |container: serde_json::Value, pods: serde_json::Value, image: &str| {
+            let spec = json!({"securityContext": pods, "containers": [{"name": "vm"}, {"name": "s", "securityContext": container}]});
+            let pod: Pod = serde_json::from_value(json!({"spec": spec})).unwrap();
+            check_user(&pod, &pod.spec.as_ref().unwrap().containers[1], image).is_ok()
+        };
+        let must = json!({"runAsNonRoot": true});
+        for (image, fine) in [("", false), ("0", false), ("0:7", false), ("7:0", true), ("nobody", false)] {
+            assert_eq!(check(must.clone(), json!({}), image), fine, "{image:?}");
+            assert_eq!(check(json!({}), must.clone(), image), fine, "{image:?} by the pod");
+            assert!(check(json!({"runAsNonRoot": false}), must.clone(), image), "the container's own word wins");
+        }
+        assert!(check(must.clone(), json!({"runAsUser": 5}), ""));
+        assert!(!check(json!({"runAsNonRoot": true, "runAsUser": 0}), json!({}), "7"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
@@ -20,15 +20,14 @@ use crate::{
     pod::{self, PodUid, RestartPolicy},
     probe::{Failed, Purpose},
     prober::Prober,
+    status,
     volumes::{self, Contents},
-    worker::sleep_until,
+    worker::{CALLED_BACKOFF, sleep_until},
     world::World,
 };
 
-/// A pull that failed is called a back-off after this long, as in the kubelet, where the next sync does it.
-const CALLED_BACKOFF: SignedDuration = SignedDuration::from_secs(3);
-/// How long the engine is left alone when it doesn't answer.
-const AWAY: SignedDuration = SignedDuration::from_secs(2);
+/// How long the engine is left alone when it doesn't answer, unless it is heard of before.
+const AWAY: SignedDuration = SignedDuration::from_secs(10);
 
 /// The engine, as the containers of all pods share it. Nobody asks it anything until a pod has a container beside its machine.
 #[derive(Clone)]
@@ -131,6 +130,7 @@ impl Crew {
             stops: HashMap::new(),
             watched: HashMap::new(),
             hooks: HashMap::new(),
+            refreshing: None,
             counted: HashSet::new(),
             born: Timestamp::now(),
         };
@@ -178,6 +178,9 @@ pub(super) enum Input {
     Refresh,
 }
 
+/// What a container waits for while its volumes can't be had, as the kubelet's do.
+pub(super) const MOUNTING: &str = "ContainerCreating";
+
 pub(super) struct Failure {
     reason: String,
     message: String,
@@ -210,6 +213,8 @@ struct Actor {
     watched: HashMap<String, (String, Option<Prober>)>,
     /// How the postStart hooks of lives went.
     hooks: HashMap<String, Result<(), String>>,
+    /// The files of volumes are being brought up to date.
+    refreshing: Option<AbortOnDropHandle<()>>,
     /// Lives whose end has been counted.
     counted: HashSet<String>,
     /// What ran before this agent has had its hooks.
@@ -253,13 +258,13 @@ impl Actor {
                     self.publish(pod, &wish, now);
                 }
             }
-            let retry = self.retry.filter(|_| self.stale || self.gone);
+            let retry = self.retry.filter(|_| self.stale);
             let called = self.seen.trouble.iter().filter(|(_, trouble)| trouble.reason == "ErrImagePull");
             let called = called.filter_map(|(name, _)| Some(self.failures.get(name)?.1 + CALLED_BACKOFF)).min();
             let wake = [wake, retry, called.filter(|at| *at > now)].into_iter().flatten().min();
             tokio::select! {
                 input = self.inputs.recv() => match input {
-                    Some(input) => self.take(input, &wish, now).await,
+                    Some(input) => self.take(input, &wish, now),
                     None => return,
                 },
                 changed = self.wish.changed() => {
@@ -274,7 +279,7 @@ impl Actor {
                         // The engine is back, or too much happened to be told of.
                         Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {
                             self.stale = true;
-                            self.retry = None;
+                            self.retry = self.retry.map(|_| now);
                         }
                         Err(broadcast::error::RecvError::Closed) => return,
                     }
@@ -307,7 +312,9 @@ impl Actor {
                 // What isn't known may be there: nothing is decided until it is.
                 tracing::info!(pod = %self.shared.uid, %error, "the pod's containers can't be looked at");
                 let (reason, message) = ("FailedCreatePodSandBox".to_owned(), error.to_string());
-                self.shared.world.events.pod(pod, Kind::Warning, "FailedCreatePodSandBox", message.clone());
+                if self.retry.is_none() {
+                    self.shared.world.events.pod(pod, Kind::Warning, "FailedCreatePodSandBox", message.clone());
+                }
                 let retry = now.saturating_add(AWAY).unwrap_or(now);
                 self.seen.trouble.insert(SANDBOX.to_owned(), Trouble { reason, message, retry });
                 self.retry = Some(retry);
@@ -362,7 +369,7 @@ impl Actor {
             let name = &container.name;
             let Some(life) = self.seen.lives.get(name).and_then(|lives| lives.last()).cloned() else { continue };
             let LifeState::Running(since) = life.state else { continue };
-            let shown = shown(pod, name, &life.id);
+            let shown = status::shown(pod, name, &format!("docker://{}", life.id));
             let hook = container.lifecycle.as_ref().and_then(|lifecycle| lifecycle.post_start.as_ref());
             let hooked = match (hook, self.hooks.get(&life.id)) {
                 (None, _) | (Some(_), Some(Ok(()))) => Ok(true),
@@ -375,7 +382,7 @@ impl Actor {
                 Ok(true) => {
                     let watched = self.watched.entry(name.clone());
                     let (_, prober) = watched.or_insert_with(|| {
-                        let prober = probes(container).then(|| {
+                        let prober = Purpose::any(container).then(|| {
                             let address = self.network.as_ref().and_then(|network| network.containers);
                             let at =
                                 Where::Container { docker: self.shared.docker.clone(), id: life.id.clone(), address };
@@ -472,7 +479,7 @@ impl Actor {
         self.jobs.insert(name.to_owned(), AbortOnDropHandle::new(job));
     }
 
-    async fn take(&mut self, input: Input, wish: &Wish, now: Timestamp) {
+    fn take(&mut self, input: Input, wish: &Wish, now: Timestamp) {
         match input {
             Input::Done(name, result) => {
                 if self.jobs.remove(&name).is_none() {
@@ -492,11 +499,7 @@ impl Actor {
                 self.hooks.insert(id, result);
             }
             Input::Probed => {}
-            Input::Refresh => {
-                if let Some(pod) = &wish.pod {
-                    self.refresh(pod).await;
-                }
-            }
+            Input::Refresh => self.refresh(wish),
         }
     }
 
@@ -506,10 +509,11 @@ impl Actor {
         backoff.fail(now, backoff.until().unwrap_or(now));
         *since = now;
         // Pulls wait as long as the kubelet's; what happens on this host is tried sooner.
-        let pull = matches!(reason.as_str(), "ErrImagePull" | "ErrImageNeverPull" | "InvalidImageName");
+        let pull = matches!(reason.as_str(), "ErrImagePull" | "ErrImageNeverPull");
         let wait = if pull { backoff.wait() } else { backoff.wait() / 10 };
         tracing::info!(pod = %self.shared.uid, container = name, reason, message, "failed; trying again in {wait:#}");
-        if let (Some(pod), false) = (&wish.pod, pull) {
+        // A pull's and a mount's events were told where they failed.
+        if let (Some(pod), false) = (&wish.pod, pull || reason == MOUNTING) {
             let events = &self.shared.world.events;
             if name == SANDBOX {
                 events.pod(pod, Kind::Warning, "FailedCreatePodSandBox", message.clone());
@@ -554,30 +558,22 @@ impl Actor {
         }))
     }
 
-    /// Brings the files of volumes up to date that a running container sees.
-    async fn refresh(&self, pod: &Arc<Pod>) {
-        let Some(network) = &self.network else { return };
-        for member in members(pod) {
-            let mounts = member.container.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty());
-            if !mounts || !self.seen.runs(&member.container.name) {
-                continue;
+    /// Brings the files of volumes up to date that a running container sees, beside the actor: the API may be slow.
+    fn refresh(&mut self, wish: &Wish) {
+        let (Some(pod), Some(network)) = (wish.pod.clone(), self.network.clone()) else { return };
+        let running: HashSet<String> = self.seen.health.keys().cloned().collect();
+        let shared = Arc::clone(&self.shared);
+        self.refreshing = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            for member in members(&pod) {
+                let container = member.container;
+                let mounts = container.volume_mounts.as_ref().is_some_and(|mounts| !mounts.is_empty());
+                if !mounts || !running.contains(&container.name) {
+                    continue;
+                }
+                if let Err(message) = shared.files(&pod, container, &network, &[]).await {
+                    shared.world.events.of(&pod, &container.name, Kind::Warning, "FailedMount", message);
+                }
             }
-            if let Err(message) = self.shared.files(pod, member.container, network, &[]).await {
-                self.shared.world.events.of(pod, &member.container.name, Kind::Warning, "FailedMount", message);
-            }
-        }
+        })));
     }
-}
-
-/// Whether the API shows this very container as started, and as ready: an agent that comes back goes on from there.
-fn shown(pod: &Pod, name: &str, id: &str) -> Option<(bool, bool)> {
-    let status = pod.status.as_ref()?;
-    let all = status.container_statuses.iter().chain(&status.init_container_statuses).flatten();
-    let mine = all.into_iter().find(|status| status.name == name)?;
-    (mine.container_id.as_deref() == Some(&format!("docker://{id}")))
-        .then(|| (mine.started.unwrap_or(false), mine.ready))
-}
-
-fn probes(container: &Container) -> bool {
-    Purpose::ALL.iter().any(|purpose| purpose.of(container).is_some())
 }

@@ -9,15 +9,16 @@ use k8s_openapi::api::core::v1::{Container, Pod};
 use super::{
     SANDBOX,
     body::{self, Command, Parts},
-    crew::{Failure, Input, Shared},
+    crew::{Failure, Input, MOUNTING, Shared},
 };
 use crate::{
     action::{Action, Place, Where},
     docker::{DockerError, Life, Network},
-    env::{self, Facts, Needs},
+    env::{self, Needs},
     error_chain,
     events::Kind,
-    image_pull, pod,
+    image_pull::{self, Policy},
+    pod,
     prober::{Prober, Subject},
     run_config::fetch,
     volumes::{self, Content},
@@ -34,14 +35,6 @@ impl Shared {
         Ok(())
     }
 
-    fn facts(&self, network: &Network) -> Facts {
-        Facts {
-            host_ip: self.world.address.to_string(),
-            pod_ip: network.gateway.to_string(),
-            allocatable: self.world.ledger.allocatable(),
-        }
-    }
-
     fn volumes(&self) -> PathBuf {
         self.world.records.dir(&self.uid).join("volumes")
     }
@@ -55,7 +48,7 @@ impl Shared {
         env: &[(String, String)],
     ) -> Result<volumes::Layout, String> {
         let mut contents = self.contents.lock().await;
-        let layout = contents.layout(pod, container, &self.facts(network), env).await?;
+        let layout = contents.layout(pod, container, &self.world.facts(network.gateway), env).await?;
         let (dir, kept) = (self.volumes(), layout.clone());
         let written = tokio::task::spawn_blocking(move || {
             for (name, content) in &kept.volumes {
@@ -79,11 +72,13 @@ impl Shared {
         network: &Network,
     ) -> Result<(), Failure> {
         let name = &container.name;
-        self.image(pod, container).await?;
         let config = |error: String| Failure::new("CreateContainerConfigError", error);
+        let user = self.image(pod, container).await?;
+        body::check_user(pod, container, &user).map_err(config)?;
         let fetched = fetch(&self.world.client, pod::namespace(pod), &Needs::of(container)).await;
         let fetched = fetched.map_err(|error| config(error.message()))?;
-        let env = env::resolve(pod, container, &fetched, &self.facts(network)).map_err(|e| config(e.to_string()))?;
+        let env = env::resolve(pod, container, &fetched, &self.world.facts(network.gateway));
+        let env = env.map_err(|error| config(error.to_string()))?;
         let words = |list: &Option<Vec<String>>| env::command_line(list.as_deref().unwrap_or_default(), &[], &env);
         let (entrypoint, args) = (words(&container.command), words(&container.args));
         let made = |error: String| Failure::new("CreateContainerError", error);
@@ -91,7 +86,7 @@ impl Shared {
             Ok(layout) => layout,
             Err(message) => {
                 self.world.events.of(pod, name, Kind::Warning, "FailedMount", message.clone());
-                return Err(Failure::new("ContainerCreating", message));
+                return Err(Failure::new(MOUNTING, message));
             }
         };
         let holder = body::container_name(pod, &self.uid, SANDBOX, 0);
@@ -129,24 +124,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Makes sure that the engine has the image.
-    async fn image(&self, pod: &Pod, container: &Container) -> Result<(), Failure> {
+    /// Makes sure that the engine has the image, and tells the user that it names.
+    async fn image(&self, pod: &Pod, container: &Container) -> Result<String, Failure> {
         let name = container.image.as_deref().unwrap_or_default();
         let events = &self.world.events;
         let told = |kind, reason, text: String| events.of(pod, &container.name, kind, reason, text);
         let tagged = tagged(name);
         let away = |error: DockerError| Failure::new("ImageInspectError", error.to_string());
-        let present = self.docker.image(&tagged).await.map_err(away)?.is_some();
-        let always = match container.image_pull_policy.as_deref() {
-            Some("Always") => true,
-            Some(_) => false,
-            None => tagged.ends_with(":latest"),
-        };
-        if present && !always {
+        let policy = Policy::of(container, tagged.ends_with(":latest"));
+        let present = self.docker.image(&tagged).await.map_err(away)?.filter(|_| policy != Policy::Always);
+        if let Some(user) = present {
             told(Kind::Normal, "Pulled", format!("Container image {name:?} already present on machine"));
-            return Ok(());
+            return Ok(user);
         }
-        if container.image_pull_policy.as_deref() == Some("Never") {
+        if policy == Policy::Never {
             let text = format!("Container image {name:?} is not present with pull policy of Never");
             told(Kind::Warning, "ErrImageNeverPull", text.clone());
             return Err(Failure::new("ErrImageNeverPull", text));
@@ -165,7 +156,11 @@ impl Shared {
             return Err(Failure::new("ErrImagePull", text));
         }
         told(Kind::Normal, "Pulled", format!("Successfully pulled image {name:?}"));
-        Ok(())
+        self.docker
+            .image(&tagged)
+            .await
+            .map_err(away)?
+            .ok_or_else(|| Failure::new("ErrImagePull", format!("image {name:?} was pulled, and is gone")))
     }
 
     pub(super) fn prober(

@@ -29,7 +29,6 @@ fn life(attempt: u32, state: LifeState) -> Life {
         attempt,
         image: "i:1".to_owned(),
         image_id: "sha256:0".to_owned(),
-        tty: false,
         stop_signal: None,
         state,
     }

@@ -15,7 +15,6 @@ use super::{
 };
 use crate::{
     action::{Action, Place, Where},
-    env::Facts,
     limited, snapshots, translate,
     world::Wanted,
 };
@@ -67,11 +66,7 @@ impl Worker {
             let Some(address) = address else {
                 return Err(Failure::new("FailedCreatePodSandBox", "no address is free for the machine"));
             };
-            let facts = Facts {
-                host_ip: world.address.to_string(),
-                pod_ip: address.to_string(),
-                allocatable: world.ledger.allocatable(),
-            };
+            let facts = world.facts(address);
             let image = async {
                 image_pull::ensure(&world.store, &world.client, &world.registries, &world.events, &pod, container)
                     .await

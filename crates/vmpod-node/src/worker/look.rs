@@ -11,7 +11,6 @@ use super::{CALLED_BACKOFF, Input, MAIN, Worker, is_final};
 use crate::{
     action::Where,
     collect::{Collector, Source},
-    env::Facts,
     error_chain,
     events::Kind,
     plan::{MachineSeen, Observed, Resolved},
@@ -61,11 +60,7 @@ impl Worker {
         {
             // What ran before this agent came had its volumes.
             self.local.mounted |= main_known || (!has_main && attempt.started.is_some());
-            let facts = Facts {
-                host_ip: self.world.address.to_string(),
-                pod_ip: address.to_string(),
-                allocatable: self.world.ledger.allocatable(),
-            };
+            let facts = self.world.facts(address);
             let (send, id) = (self.send.clone(), machine.id().clone());
             // Nobody listens any more: the worker is over.
             let mounted = move || drop(send.send(Input::Mounted(id)));
@@ -98,9 +93,7 @@ impl Worker {
     /// Begins to ask the probes once the container runs, which for a machine without a command is when its guest answers.
     fn attend_probes(&mut self, machine: &Machine) {
         let (Some(pod), Some(attempt)) = (&self.pod, self.attempt()) else { return };
-        let Some(container) = pod::machine_container(pod)
-            .filter(|container| Purpose::ALL.iter().any(|purpose| purpose.of(container).is_some()))
-        else {
+        let Some(container) = pod::machine_container(pod).filter(|container| Purpose::any(container)) else {
             return;
         };
         let state = machine.state().borrow().clone();
@@ -123,7 +116,7 @@ impl Worker {
             Main::Unstarted if !self.has_main() && answers => Timestamp::now(),
             Main::Unstarted | Main::Asked | Main::Ended { .. } => return,
         };
-        let known = shown(pod, attempt.number, machine);
+        let known = status::shown(pod, &container.name, &format!("vmpod://{}", machine.id()));
         let at = Where::Guest(machine.guest());
         let subject = Subject { at, container: container.clone(), run: self.run.clone(), since };
         let (world, pod, uid) = (Arc::clone(&self.world), Arc::clone(pod), self.uid.clone());
@@ -248,13 +241,4 @@ impl Worker {
             quiet,
         });
     }
-}
-
-/// Whether the API shows this very container as started, and as ready: an agent that comes back goes on from there.
-fn shown(pod: &Pod, attempt: u32, machine: &Machine) -> Option<(bool, bool)> {
-    let name = &pod::machine_container(pod)?.name;
-    let status = pod.status.as_ref()?.container_statuses.as_ref()?.iter().find(|status| status.name == *name)?;
-    let same = u32::try_from(status.restart_count) == Ok(attempt)
-        && status.container_id.as_deref() == Some(&format!("vmpod://{}", machine.id()));
-    same.then(|| (status.started.unwrap_or(false), status.ready))
 }
