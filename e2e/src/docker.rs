@@ -19,8 +19,10 @@ pub struct Docker {
 }
 
 /// What the image of the tests' containers can do.
-const APPLETS: [&str; 14] =
-    ["sh", "cat", "sleep", "nc", "wget", "echo", "httpd", "id", "hostname", "mkdir", "touch", "head", "true", "tail"];
+const APPLETS: [&str; 15] = [
+    "sh", "cat", "sleep", "nc", "wget", "echo", "httpd", "id", "hostname", "mkdir", "touch", "head", "true", "tail",
+    "rm",
+];
 
 impl Docker {
     /// Starts one, with the image `box:1`, which is busybox.
@@ -120,6 +122,12 @@ impl Docker {
         let mut command = Command::new(program("docker", "docker.io")?);
         command.env("DOCKER_HOST", self.host()).env("DOCKER_CONFIG", self.dir.path().join("config")).args(args);
         run(command, stdin, Duration::from_mins(1)).await?.ok()
+    }
+
+    /// Where the data of a volume is.
+    #[must_use]
+    pub fn volume(&self, name: &str) -> PathBuf {
+        self.dir.path().join("data/volumes").join(name).join("_data")
     }
 
     /// The containers and networks that are there, by their names.

@@ -1,5 +1,6 @@
 //! Pods with containers beside their machine: real guests, a real Docker Engine.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -220,16 +221,19 @@ async fn a_jobs_verdict_waits_for_its_containers() -> Result<()> {
     // A probe that fails ends a container, which starts again; a preStop hook that fails is told.
     let mut sick = pods::tiny("sick", &["sleep", "1000"]);
     sick["spec"]["restartPolicy"] = "Always".into();
-    let mut side = beside("side", "sleep 1000");
+    sick["spec"]["volumes"] = json!([{"name": "work", "emptyDir": {}}]);
+    let mut side = beside("side", "rm -f /work/dead && touch /work/alive && sleep 1000");
+    side["volumeMounts"] = json!([{"name": "work", "mountPath": "/work"}]);
+    side["securityContext"] = json!({"runAsNonRoot": true, "runAsUser": 1234});
     side["livenessProbe"] =
-        json!({"exec": {"command": ["sh", "-c", "! cat /tmp/dead"]}, "periodSeconds": 1, "failureThreshold": 1});
+        json!({"exec": {"command": ["sh", "-c", "! cat /work/dead"]}, "periodSeconds": 1, "failureThreshold": 1});
     side["lifecycle"] = json!({"preStop": {"exec": {"command": ["sh", "-c", "echo no; exit 1"]}}});
     if let Some(containers) = sick["spec"]["containers"].as_array_mut() {
         containers.push(side);
     }
     up.apply(&sick).await?;
     up.wait_ready("sick").await?;
-    up.kubectl_ok(&["exec", "sick", "-c", "side", "--", "touch", "/tmp/dead"]).await?;
+    up.kubectl_ok(&["exec", "sick", "-c", "side", "--", "touch", "/work/dead"]).await?;
     eventually_within(Duration::from_mins(1), "a restart", || async {
         let side = &up.pod("sick").await?["status"]["containerStatuses"][1];
         ensure!(side["restartCount"] == 1 && side["ready"] == true, "{side:#}");
@@ -240,6 +244,19 @@ async fn a_jobs_verdict_waits_for_its_containers() -> Result<()> {
     for told in ["PreStopHook failed: no", "Container side failed liveness probe, will be restarted"] {
         ensure!(events.contains(told), "{told}: {events}");
     }
+    // What holds the pod's network dies, and its directories are as they were before it was opened to everybody: it is finished
+    // again, and whoever ran in the network that is gone starts again in the new one.
+    let uid = up.pod("sick").await?["metadata"]["uid"].as_str().context("no uid")?.to_owned();
+    let work = docker.volume(&format!("vmpod-{uid}-work"));
+    std::fs::set_permissions(&work, std::fs::Permissions::from_mode(0o700))?;
+    docker.docker(&["kill", &format!("vmpod_POD_sick_default_{uid}_0")]).await?;
+    eventually_within(Duration::from_secs(90), "it is held again", || async {
+        let side = &up.pod("sick").await?["status"]["containerStatuses"][1];
+        ensure!(side["restartCount"].as_u64() >= Some(2) && side["ready"] == true, "{side:#}");
+        Ok(())
+    })
+    .await?;
+    ensure!(std::fs::metadata(&work)?.permissions().mode() & 0o777 == 0o777, "the directory isn't open");
     for name in ["good", "bad-side", "bad-init", "greedy", "sick"] {
         up.kubectl_ok(&["delete", "pod", name, "--timeout=60s"]).await?;
     }
