@@ -200,6 +200,19 @@ async fn a_jobs_verdict_waits_for_its_containers() -> Result<()> {
     })
     .await?;
 
+    for name in ["good", "bad-side", "bad-init"] {
+        up.kubectl_ok(&["delete", "pod", name, "--timeout=60s"]).await?;
+    }
+    home.assert_clean().await?;
+    nothing_left(&docker).await?;
+    up.stop().await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_wrong_with_a_container_is_told_and_mended() -> Result<()> {
+    let home = Home::with_tiny("sidecar-ills").await?;
+    let docker = Docker::start().await?;
+    let up = home.up(&["--docker-host", &docker.host()]).await?;
     // A container that takes more memory than it may, is ended for it and starts again.
     let mut greedy = pods::tiny("greedy", &["sleep", "1000"]);
     greedy["spec"]["restartPolicy"] = "Always".into();
@@ -257,7 +270,7 @@ async fn a_jobs_verdict_waits_for_its_containers() -> Result<()> {
     })
     .await?;
     ensure!(std::fs::metadata(&work)?.permissions().mode() & 0o777 == 0o777, "the directory isn't open");
-    for name in ["good", "bad-side", "bad-init", "greedy", "sick"] {
+    for name in ["greedy", "sick"] {
         up.kubectl_ok(&["delete", "pod", name, "--timeout=60s"]).await?;
     }
     home.assert_clean().await?;
