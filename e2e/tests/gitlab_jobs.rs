@@ -8,7 +8,8 @@ use e2e::gitlab::{Gitlab as Scripted, JobStatus, NewJob};
 use e2e::{Home, Up, eventually, pods};
 use jiff::Timestamp;
 use serde_json::json;
-use vmpod_fleet::gitlab::{Gitlab, Gitlabs, Held, Machine, Scope, Settings, Token, Wanted, fill, system_id};
+use vmpod_fleet::gitlab::{Gitlab, Gitlabs, Held, Scope, Settings, Token, Wanted};
+use vmpod_fleet::user_data::{Values, fill, system_id};
 
 fn pool(name: &str) -> Wanted {
     let settings = Settings { tags: BTreeSet::from([name.to_owned()]), ..Settings::default() };
@@ -24,7 +25,7 @@ fn job(pool: &str) -> NewJob {
 async fn machine(up: &Up, scripted: &Scripted, gitlab: &Gitlab, held: &Held, name: &str) -> Result<String> {
     let id = system_id(&format!("{name}0000000000"));
     let (url, template) = (gitlab.url(), scripted.user_data());
-    let machine = Machine { url: &url, held, system_id: &id, name, jobs: 1, wait: None };
+    let machine = Values { url: &url, token: held.token.expose(), system_id: &id, name, jobs: 1 };
     let data = fill(&template, &machine)?;
     up.apply(&json!({
         "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": "default"},

@@ -40,6 +40,7 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("!has(self.provider.http) || has(self.userData)").message("a pool with an http provider needs userData: what its guests run is not known otherwise"))]
 pub struct RunnerPoolSpec {
     /// Where jobs come from.
     pub provider: Provider,
@@ -52,7 +53,7 @@ pub struct RunnerPoolSpec {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1000))]
     pub jobs_per_runner: u32,
-    /// The user data of a machine, with `$(VMPOD_GITLAB_URL)`, `$(VMPOD_RUNNER_TOKEN)`, `$(VMPOD_SYSTEM_ID)`,
+    /// The user data of a machine, with `$(VMPOD_PROVIDER_URL)`, `$(VMPOD_RUNNER_TOKEN)`, `$(VMPOD_SYSTEM_ID)`,
     /// `$(VMPOD_RUNNER_NAME)` and `$(VMPOD_MAX_JOBS)` replaced. Without it, cloud-config that runs GitLab Runner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data: Option<String>,
@@ -78,12 +79,36 @@ pub struct RunnerPoolSpec {
     pub rollout: Rollout,
 }
 
-/// Where jobs come from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+/// Where jobs come from: one of these.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
+#[x_kube(validation = Rule::new("has(self.gitlab) != has(self.http)").message("a pool has one provider: name either gitlab or http"))]
 pub struct Provider {
     /// A GitLab.
-    pub gitlab: GitLab,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gitlab: Option<GitLab>,
+    /// Anything that tells by HTTP how many jobs wait and which runners have one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpQueue>,
+}
+
+/// A service that is asked with GET and answers with JSON: `pending`, a number; `oldestSeconds`, how long the first of them
+/// has waited, if known; `runners`, an object of runner names with `idle` or `busy`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpQueue {
+    /// What is asked. `pool=NAMESPACE/NAME` is added to its query.
+    #[schemars(length(min = 8, max = 2048))]
+    pub url: String,
+    /// The Secret with a token that is sent as `Authorization: Bearer`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub token_secret_ref: Option<SecretKey>,
+    /// The Secret with what guests get as `$(VMPOD_RUNNER_TOKEN)`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub runner_token_secret_ref: Option<SecretKey>,
+    /// The Secret with certificates to trust beside the system's, PEM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ca_secret_ref: Option<SecretKey>,
 }
 
 /// A GitLab, and which of its jobs a pool takes.

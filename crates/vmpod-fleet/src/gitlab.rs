@@ -7,10 +7,9 @@
 //!
 //! All pools that ask the same GitLab share its connections and its limit ([`Gitlabs`]).
 
-mod client;
-mod limit;
+pub(crate) mod client;
+mod pool;
 pub mod record;
-mod user_data;
 mod wire;
 
 use std::collections::{BTreeMap, HashMap};
@@ -21,9 +20,12 @@ use http::Method;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-pub use client::{Calls, Error};
+pub use client::Error;
+pub use pool::GitlabPool;
 pub use record::{Held, Scope, Settings, Token, Wanted};
-pub use user_data::{Machine, TemplateError, fill, standard, system_id};
+
+pub use crate::provider::{Begun, Calls, Seen, Waiting};
+pub use crate::user_data::system_id;
 
 use client::{Call, Client, Site, lock};
 use record::{Found, Step};
@@ -79,24 +81,6 @@ pub struct Ensured {
     pub paused: bool,
     /// What else should have been done and wasn't; it is tried again.
     pub trouble: Option<Error>,
-}
-
-/// Jobs that wait.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Waiting {
-    /// How many; at a thousand and beyond it only says "many".
-    pub count: u32,
-    /// Since when the first of them does.
-    pub oldest: Option<Timestamp>,
-}
-
-/// A machine as GitLab sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seen {
-    /// Whether it has a job now.
-    pub busy: bool,
-    /// When it last asked for one.
-    pub contacted: Option<Timestamp>,
 }
 
 /// A GitLab as one pool uses it.
@@ -347,11 +331,33 @@ impl Gitlab {
         Ok(!self.client.json::<Vec<Value>>(call, now).await?.is_empty())
     }
 
+    /// Jobs of a record that began after a certain one, the oldest first; of so many as fit on one page.
+    pub async fn begun(&self, record: u64, after: Option<u64>, now: Timestamp) -> Result<Vec<Begun>, Error> {
+        let call = Call::get("list the runner's jobs", format!("api/v4/runners/{record}/jobs"))
+            .query("order_by", "id")
+            .query("sort", "desc")
+            .query("per_page", "100");
+        let jobs: Vec<wire::RunnerJob> = self.client.json(call, now).await?;
+        let mut begun: Vec<Begun> = jobs.into_iter().filter(|job| Some(job.id) > after).map(Into::into).collect();
+        begun.sort_by_key(|job| job.id);
+        Ok(begun)
+    }
+
     /// Removes a machine that is gone from its record. One that isn't there is as good as removed.
     pub async fn forget(&self, held: &Held, system_id: &str, now: Timestamp) -> Result<(), Error> {
         let body = json!({ "token": held.token.expose(), "system_id": system_id });
         let call = Call::send("remove a machine from the runner", Method::DELETE, "api/v4/runners/managers", &body);
         absent_is_done(self.client.call(call, now).await)
+    }
+
+    /// Removes every record that carries a pool's mark: its number was never learnt, or was lost.
+    pub async fn remove_marked(&self, wanted: &Wanted, now: Timestamp) -> Result<(), Error> {
+        for found in self.find(wanted, None, now).await? {
+            if found.is_of(wanted) {
+                self.remove(found.id, now).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Removes a pool's record, with all its machines: the pool is gone.

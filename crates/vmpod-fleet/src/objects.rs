@@ -5,7 +5,11 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Node, Pod as KubePod, PodSpec, ResourceRequirements, Secret};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, ObjectMeta, Time};
+use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
+    Condition, LabelSelector, LabelSelectorRequirement, ObjectMeta, Time,
+};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::{Resource as _, ResourceExt as _};
 use sha2::{Digest as _, Sha256};
 use vmpod_api::annotations;
@@ -13,6 +17,7 @@ use vmpod_api::pool::{Placement, RunnerPool, RunnerPoolSpec};
 use vmpod_api::runner::{Runner, RunnerSpec};
 
 use crate::life;
+use crate::provider::Keep;
 use crate::share::Amount;
 
 /// The label that says to which pool something belongs.
@@ -21,26 +26,35 @@ pub const POOL: &str = "vmpod.dev/pool";
 pub const RUNNER: &str = "vmpod.dev/runner";
 /// Keeps a pool until its runners are gone and its record at the CI system is.
 pub const FINALIZER: &str = "vmpod.dev/runners";
+/// The label of a pod that may be evicted although it may have a job.
+pub const EVICTABLE: &str = "vmpod.dev/evictable";
+/// The annotation of a pod that says which token its guest was given, without telling it.
+pub const CREDENTIAL: &str = "vmpod.dev/credential";
 
 /// The name of what a runner is made from: a few digits that change whenever its machine would be another.
 #[must_use]
 pub fn template(spec: &RunnerPoolSpec) -> String {
     let made_of = (&spec.provider, &spec.image, &spec.resources, spec.jobs_per_runner, &spec.user_data, spec.start);
     // Plain data, which JSON can always hold.
-    let text = serde_json::to_vec(&made_of).unwrap_or_default();
+    fingerprint(&serde_json::to_string(&made_of).unwrap_or_default())
+}
+
+/// A few digits that tell two texts apart and nothing of what they say.
+#[must_use]
+pub fn fingerprint(text: &str) -> String {
     let digits = Sha256::digest(text).iter().take(5).fold(0_u64, |digits, byte| (digits << 8) | u64::from(*byte));
     format!("{digits:010x}")
 }
 
-/// A new runner of a pool.
+/// A new runner of a pool; the API gives it its name.
 #[must_use]
-pub fn runner(pool: &RunnerPool, name: &str, placement: &str) -> Runner {
+pub fn runner(pool: &RunnerPool, placement: &str) -> Runner {
     let mut runner = Runner::new(
-        name,
+        "",
         RunnerSpec { pool: pool.name_any(), placement: placement.to_owned(), template: template(&pool.spec) },
     );
     runner.metadata = ObjectMeta {
-        name: Some(name.to_owned()),
+        generate_name: Some(format!("{}-", pool.name_any())),
         namespace: pool.namespace(),
         labels: Some(BTreeMap::from([(POOL.to_owned(), pool.name_any())])),
         owner_references: pool.controller_owner_ref(&()).map(|owner| vec![owner]),
@@ -72,9 +86,9 @@ pub fn secret(runner: &Runner, user_data: String) -> Secret {
     }
 }
 
-/// A runner's machine.
+/// A runner's machine, which is given the token that `keep` holds.
 #[must_use]
-pub fn pod(pool: &RunnerPool, runner: &Runner) -> KubePod {
+pub fn pod(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> KubePod {
     let spec = &pool.spec;
     let nothing = Placement::default();
     let placement = spec.placements.iter().find(|place| place.name == runner.spec.placement).unwrap_or(&nothing);
@@ -83,7 +97,10 @@ pub fn pod(pool: &RunnerPool, runner: &Runner) -> KubePod {
     let sizes: BTreeMap<String, Quantity> =
         sizes.into_iter().filter_map(|(name, size)| Some((name.to_owned(), Quantity(size.clone()?)))).collect();
     let mut metadata = owned(runner);
-    let mut notes = BTreeMap::from([(annotations::USER_DATA_SECRET.to_owned(), runner.name_any())]);
+    let mut notes = BTreeMap::from([
+        (annotations::USER_DATA_SECRET.to_owned(), runner.name_any()),
+        (CREDENTIAL.to_owned(), fingerprint(keep.expose())),
+    ]);
     if let Some(start) = spec.start {
         notes.insert(annotations::START.to_owned(), start.as_str().to_owned());
     }
@@ -110,6 +127,36 @@ pub fn pod(pool: &RunnerPool, runner: &Runner) -> KubePod {
                 ..Container::default()
             }],
             ..PodSpec::default()
+        }),
+        status: None,
+    }
+}
+
+/// The budget that lets nobody evict a pool's pods.
+///
+/// A number of pods is needed that never is there: budgets of the other form, and percentages, hold only for pods whose owners
+/// have a scale (<https://kubernetes.io/docs/tasks/run-application/configure-pdb/#arbitrary-controllers-and-selectors>).
+#[must_use]
+pub fn budget(pool: &RunnerPool) -> PodDisruptionBudget {
+    PodDisruptionBudget {
+        metadata: ObjectMeta {
+            name: Some(format!("vmpod-pool-{}", pool.name_any())),
+            namespace: pool.namespace(),
+            labels: Some(BTreeMap::from([(POOL.to_owned(), pool.name_any())])),
+            owner_references: pool.controller_owner_ref(&()).map(|owner| vec![owner]),
+            ..ObjectMeta::default()
+        },
+        spec: Some(PodDisruptionBudgetSpec {
+            min_available: Some(IntOrString::Int(1_000_000)),
+            selector: Some(LabelSelector {
+                match_labels: Some(BTreeMap::from([(POOL.to_owned(), pool.name_any())])),
+                match_expressions: Some(vec![LabelSelectorRequirement {
+                    key: EVICTABLE.to_owned(),
+                    operator: "DoesNotExist".to_owned(),
+                    values: None,
+                }]),
+            }),
+            ..PodDisruptionBudgetSpec::default()
         }),
         status: None,
     }
@@ -250,9 +297,12 @@ mod tests {
     #[test]
     fn a_runners_objects_are_what_they_were() {
         let pool = pool();
-        let mut runner = runner(&pool, "small-abcde", "home");
+        let mut runner = runner(&pool, "home");
+        assert_eq!(runner.metadata.generate_name.take().as_deref(), Some("small-"));
+        runner.metadata.name = Some("small-abcde".to_owned());
         runner.metadata.uid = Some("u2".to_owned());
-        insta::assert_json_snapshot!((&runner, secret(&runner, "#cloud-config\n".to_owned()), pod(&pool, &runner)));
+        let secret = secret(&runner, "#cloud-config\n".to_owned());
+        insta::assert_json_snapshot!((&runner, secret, self::pod(&pool, &runner, &Keep::new("token".to_owned())), budget(&pool)));
     }
 
     #[test]

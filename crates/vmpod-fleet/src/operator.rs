@@ -1,34 +1,39 @@
 //! The operator: it looks at pools, runners, pods, nodes and the CI systems, asks the pure parts what to do, and does it.
 //!
 //! One task does everything, so nothing is decided twice at once. Every effect can be repeated: a runner is made before its
-//! Secret and its Pod, which carry its name; a record at the CI system has the pool's mark. What the operator remembers by itself
-//! ([`Memory`]) costs time when it is lost, never a job.
+//! Secret and its Pod, which carry its name; a registration at the CI system has the pool's mark. What the operator remembers
+//! by itself ([`Kept`]) costs time when it is lost, never a job.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{Node, Pod, Secret};
+use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::api::{Api, DeleteParams, ListParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::utils::Backoff;
 use kube::runtime::{WatchStreamExt as _, reflector, watcher};
 use kube::{Client, ResourceExt as _};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use vmpod_api::pool::{RunnerPool, RunnerPoolStatus};
+use vmpod_api::pool::RunnerPool;
 use vmpod_api::runner::{Phase, Runner, RunnerStatus};
 
-use crate::gitlab::{self, Gitlabs, Held, Seen as Job};
 use crate::life::{self, Work};
-use crate::plan::{self, Demand, Memory, Observed, Plan};
+use crate::metrics::{self, Metrics};
+use crate::plan::{self, Demand, Memory, Observed};
+use crate::provider::{self, Keep, Provider, Providers, Seen as Job, Waiting};
 use crate::share::{Wish, share};
-use crate::{leader, objects};
+use crate::{chain, leader, objects, schedule};
 
-mod provider;
+mod ask;
+mod effects;
+mod pool;
 
 /// Who the operator is to the API: the field manager of what it applies.
 const MANAGER: &str = "vmpod-fleet";
@@ -36,10 +41,15 @@ const MANAGER: &str = "vmpod-fleet";
 const LEASE: &str = "vmpod-fleet";
 /// How long changes are gathered before they are looked at.
 const GATHER: Duration = Duration::from_millis(100);
-/// How often a pool's record, its settings and its token are looked after.
+/// How often a pool's registration, its settings and its token are looked after.
 const ENSURE: SignedDuration = SignedDuration::from_mins(1);
 /// A machine at the CI system that no runner speaks of is forgotten when it was silent for so long.
 const GHOST: SignedDuration = SignedDuration::from_mins(10);
+/// So many objects are written at once: an API that syncs each write to a disk does it for many together.
+const AT_ONCE: usize = 32;
+
+/// What the time is: another one in simulations.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
 
 /// How the operator works.
 #[derive(Clone)]
@@ -54,6 +64,29 @@ pub struct Options {
     pub install: bool,
     /// How often the CI systems are asked: they tell nothing by themselves.
     pub poll: Duration,
+    /// What it counts.
+    pub metrics: Metrics,
+    /// The CI systems.
+    pub providers: Arc<dyn Providers>,
+    /// What the time is.
+    pub clock: Clock,
+}
+
+impl Options {
+    /// As usual: vmpod's own providers, and the time as it is.
+    #[must_use]
+    pub fn new(client: Client, identity: String) -> Self {
+        Self {
+            client,
+            identity,
+            namespace: "default".to_owned(),
+            install: true,
+            poll: Duration::from_secs(3),
+            metrics: Metrics::default(),
+            providers: Arc::new(provider::Standard::default()),
+            clock: Arc::new(Timestamp::now),
+        }
+    }
 }
 
 impl std::fmt::Debug for Options {
@@ -74,20 +107,34 @@ pub enum OperatorError {
 #[derive(Default)]
 struct Kept {
     memory: Memory,
-    held: Option<Held>,
-    /// Of which generation of the pool the record was looked after, and when.
+    /// The pool's CI system, as its spec and its Secrets were when it was last asked.
+    provider: Option<Arc<dyn Provider>>,
+    keep: Option<Keep>,
+    /// Of which generation of the pool the registration was looked after, and when.
     ensured: Option<(i64, Timestamp)>,
-    /// The client of the pool's GitLab, and why there is none.
+    /// Of which generation of the pool the disruption budget is.
+    guarded: Option<i64>,
+    /// Why there is no registration, or what is wrong with it.
     trouble: Option<String>,
     /// Not to be asked before.
     retry: Option<Timestamp>,
-    demand: Option<Result<gitlab::Waiting, String>>,
+    demand: Option<Result<Waiting, String>>,
     machines: Option<Result<BTreeMap<String, Job>, String>>,
     asked: Option<Timestamp>,
     /// Runners that were made and may not be in the cache yet, since when.
     expected: BTreeMap<String, Expected>,
     /// Failed runners that were counted.
     counted: BTreeSet<String>,
+    /// Jobs up to this one were counted as begun; those that hadn't ended then.
+    jobs: ask::Jobs,
+}
+
+impl Kept {
+    /// Whether a machine was given something to be known by that has since been replaced.
+    fn is_stale(&self, pod: &Pod) -> bool {
+        let (given, keep) = (pod.annotations().get(objects::CREDENTIAL), self.keep.as_ref());
+        given.zip(keep).is_some_and(|(given, keep)| *given != objects::fingerprint(keep.expose()))
+    }
 }
 
 /// A runner that was made a moment ago.
@@ -98,12 +145,20 @@ struct Expected {
 
 struct Operator {
     options: Options,
-    gitlabs: Gitlabs,
     pools: reflector::Store<RunnerPool>,
     runners: reflector::Store<Runner>,
     pods: reflector::Store<Pod>,
     nodes: reflector::Store<Node>,
     kept: HashMap<String, Kept>,
+    /// Since when a node takes no new pods.
+    cordoned: BTreeMap<String, Timestamp>,
+}
+
+/// What one pool has, of everything that there is.
+struct Part {
+    pool: Arc<RunnerPool>,
+    /// Its Runners by name, each with its pod.
+    runners: Vec<(Arc<Runner>, Option<Arc<Pod>>)>,
 }
 
 /// Works until `stop` is cancelled.
@@ -116,12 +171,12 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Operat
     let client = options.client.clone();
     let labelled = watcher::Config::default().labels(objects::POOL);
     let mut operator = Operator {
-        gitlabs: Gitlabs::default(),
         pools: cache(Api::all(client.clone()), watcher::Config::default(), &wake, &mut tasks),
         runners: cache(Api::all(client.clone()), watcher::Config::default(), &wake, &mut tasks),
         pods: cache(Api::all(client.clone()), labelled, &wake, &mut tasks),
         nodes: cache(Api::all(client), watcher::Config::default(), &wake, &mut tasks),
         kept: HashMap::new(),
+        cordoned: BTreeMap::new(),
         options,
     };
     // Nothing is decided before everything was seen once.
@@ -143,9 +198,12 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Operat
     let mut leads = false;
     loop {
         tokio::select! {
+            // In this order, so that a simulation goes the same way each time.
+            biased;
             () = stop.cancelled() => return Ok(()),
             _ = renew.tick() => {
-                let now = leader::lead(&leases, LEASE, &operator.options.identity, Timestamp::now()).await;
+                let now = (operator.options.clock)();
+                let now = leader::lead(&leases, LEASE, &operator.options.identity, now).await;
                 let now = now.unwrap_or_else(|error| {
                     tracing::warn!(error = chain(&error), "the lease can't be renewed");
                     false
@@ -154,14 +212,38 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Operat
                     tracing::info!(identity = operator.options.identity, "this operator leads");
                 }
                 leads = now;
+                operator.options.metrics.leads(leads);
                 continue;
             }
             _ = poll.tick() => {}
             _ = woken.recv() => tokio::time::sleep(GATHER).await,
         }
         if leads {
+            let began = tokio::time::Instant::now();
             operator.pass().await;
+            operator.options.metrics.pass(began.elapsed());
         }
+    }
+}
+
+/// The pauses between tries of a watch: twice as long each time, from 0.8 s to 30 s, as client-go's. One client has nobody to
+/// keep out of step with, so there is no chance in them, and a simulation goes the same way each time.
+#[derive(Debug, Default)]
+struct Pauses(u32);
+
+impl Iterator for Pauses {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        let pause = Duration::from_millis(800).saturating_mul(1 << self.0.min(10)).min(Duration::from_secs(30));
+        self.0 = self.0.saturating_add(1);
+        Some(pause)
+    }
+}
+
+impl Backoff for Pauses {
+    fn reset(&mut self) {
+        self.0 = 0;
     }
 }
 
@@ -188,7 +270,10 @@ where
     let (store, writer) = reflector::store();
     let wake = wake.clone();
     tasks.spawn(async move {
-        let stream = watcher(api, config).default_backoff().reflect(writer).touched_objects();
+        let stream = watcher(api, config).backoff(Pauses::default());
+        // Nobody here reads who wrote which field, and it is the greater part of a small object.
+        let stream = stream.modify(|object| object.meta_mut().managed_fields = None);
+        let stream = stream.reflect(writer).touched_objects();
         let mut stream = std::pin::pin!(stream);
         while let Some(event) = stream.next().await {
             match event {
@@ -203,36 +288,80 @@ where
 
 impl Operator {
     async fn pass(&mut self) {
-        let now = Timestamp::now();
-        let pools = self.pools.state();
-        let present: BTreeSet<String> = pools.iter().map(|pool| key(pool.as_ref())).collect();
+        let now = (self.options.clock)();
+        let parts = self.parts();
+        let present: BTreeSet<String> = parts.iter().map(|part| key(part.pool.as_ref())).collect();
         self.kept.retain(|name, _| present.contains(name));
+        let nodes = self.cordons(now);
         let mut views = Vec::new();
-        for pool in &pools {
-            let mut kept = self.kept.remove(&key(pool.as_ref())).unwrap_or_default();
-            self.ask(pool, &mut kept, now).await;
-            let runners = self.view(pool, &mut kept, now).await;
-            views.push((pool, kept, runners));
+        for part in parts {
+            let mut kept = self.kept.remove(&key(part.pool.as_ref())).unwrap_or_default();
+            self.ask(&part.pool, &mut kept, now).await;
+            let (runners, changes) = self.view(&part, &mut kept, &nodes, now);
+            self.write_statuses(changes).await;
+            views.push((part, kept, runners));
         }
         let shares = self.shares(&views, now);
-        for ((pool, mut kept, runners), share) in views.into_iter().zip(shares) {
-            if let Err(error) = self.pool(pool, &mut kept, &runners, share, now).await {
-                tracing::warn!(
-                    pool = key(pool.as_ref()),
+        let mut looks = Vec::new();
+        for ((part, mut kept, runners), share) in views.into_iter().zip(shares) {
+            match self.pool(&part, &mut kept, &runners, share, now).await {
+                Ok(look) => looks.extend(look.map(|look| (label(&part.pool), look))),
+                Err(error) => tracing::warn!(
+                    pool = key(part.pool.as_ref()),
                     error = chain(&error),
                     "the pool can't be looked after; trying again"
-                );
+                ),
             }
-            self.kept.insert(key(pool.as_ref()), kept);
+            self.kept.insert(key(part.pool.as_ref()), kept);
         }
+        self.options.metrics.looks(looks, self.options.providers.calls());
+    }
+
+    /// Everything that there is, by pool: one walk, whatever the number of pools. In the order of names.
+    fn parts(&self) -> Vec<Part> {
+        let mut pods: HashMap<(String, String), Arc<Pod>> = HashMap::new();
+        for pod in self.pods.state() {
+            if let (Some(runner), Some(namespace)) = (pod.labels().get(objects::RUNNER), pod.namespace()) {
+                pods.insert((namespace, runner.clone()), Arc::clone(&pod));
+            }
+        }
+        let mut runners: HashMap<(String, String), Vec<Arc<Runner>>> = HashMap::new();
+        for runner in self.runners.state() {
+            runners.entry((namespace(runner.as_ref()), runner.spec.pool.clone())).or_default().push(runner);
+        }
+        let mut pools = self.pools.state();
+        pools.sort_by_key(|pool| key(pool.as_ref()));
+        let part = |pool: Arc<RunnerPool>| {
+            let of = namespace(pool.as_ref());
+            let mut mine = runners.remove(&(of.clone(), pool.name_any())).unwrap_or_default();
+            mine.sort_by_key(|runner| runner.name_any());
+            let with_pod = |runner: Arc<Runner>| {
+                let pod = pods.get(&(of.clone(), runner.name_any())).cloned();
+                (runner, pod)
+            };
+            Part { pool, runners: mine.into_iter().map(with_pod).collect() }
+        };
+        pools.into_iter().map(part).collect()
+    }
+
+    /// Which nodes take no new pods, and since when as far as is known.
+    fn cordons(&mut self, now: Timestamp) -> BTreeMap<String, Timestamp> {
+        let off: BTreeSet<String> = self
+            .nodes
+            .state()
+            .iter()
+            .filter(|node| node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false))
+            .map(|node| node.name_any())
+            .collect();
+        self.cordoned.retain(|node, _| off.contains(node));
+        for node in off {
+            self.cordoned.entry(node).or_insert(now);
+        }
+        self.cordoned.clone()
     }
 
     /// How many runners each pool may have of what the nodes offer.
-    fn shares(
-        &self,
-        views: &[(&std::sync::Arc<RunnerPool>, Kept, Vec<plan::Runner>)],
-        now: Timestamp,
-    ) -> Vec<Option<u32>> {
+    fn shares(&self, views: &[(Part, Kept, Vec<plan::Runner>)], now: Timestamp) -> Vec<Option<u32>> {
         let nodes = self.nodes.state();
         if nodes.is_empty() || views.len() < 2 {
             return vec![None; views.len()];
@@ -240,15 +369,16 @@ impl Operator {
         let capacity = objects::capacity(nodes.iter().map(AsRef::as_ref));
         let wishes: Vec<Wish> = views
             .iter()
-            .map(|(pool, kept, runners)| {
-                let template = objects::template(&pool.spec);
+            .map(|(part, kept, runners)| {
+                let spec = &part.pool.spec;
+                let template = objects::template(spec);
                 let observed = Observed { runners, demand: demand(kept), template: &template, share: None };
                 // On a copy: this look decides nothing.
-                let wanted = plan::plan(&pool.spec, &observed, &mut kept.memory.clone(), now).wanted;
+                let wanted = plan::plan(spec, &observed, &mut kept.memory.clone(), now).wanted;
                 let busy = runners.iter().filter(|runner| runner.phase == Phase::Busy).count();
                 Wish {
-                    priority: pool.spec.priority,
-                    each: objects::amount(pool.spec.resources.cpu.as_deref(), pool.spec.resources.memory.as_deref()),
+                    priority: spec.priority,
+                    each: objects::amount(spec.resources.cpu.as_deref(), spec.resources.memory.as_deref()),
                     busy: u32::try_from(busy).unwrap_or(u32::MAX),
                     wanted,
                 }
@@ -257,29 +387,20 @@ impl Operator {
         share(&wishes, capacity).into_iter().map(Some).collect()
     }
 
-    /// The pool's runners as they are now; what changed is written down.
-    async fn view(&self, pool: &RunnerPool, kept: &mut Kept, now: Timestamp) -> Vec<plan::Runner> {
-        let nodes: HashMap<String, bool> = self
-            .nodes
-            .state()
-            .iter()
-            .map(|node| (node.name_any(), node.spec.as_ref().and_then(|spec| spec.unschedulable).unwrap_or(false)))
-            .collect();
-        let pods: HashMap<String, std::sync::Arc<Pod>> = self
-            .pods
-            .state()
-            .into_iter()
-            .filter(|pod| pod.namespace() == pool.namespace())
-            .filter_map(|pod| Some((pod.labels().get(objects::RUNNER)?.clone(), pod)))
-            .collect();
-        let mut all = Vec::new();
-        for runner in self.runners.state() {
-            if runner.namespace() != pool.namespace() || runner.spec.pool != pool.name_any() {
-                continue;
-            }
+    /// The pool's runners as they are now, and what of it isn't written down yet.
+    fn view(
+        &self,
+        part: &Part,
+        kept: &mut Kept,
+        cordoned: &BTreeMap<String, Timestamp>,
+        now: Timestamp,
+    ) -> (Vec<plan::Runner>, Vec<(Arc<Runner>, RunnerStatus)>) {
+        let (mut all, mut changes) = (Vec::new(), Vec::new());
+        for (runner, pod) in &part.runners {
             kept.expected.remove(&runner.name_any());
-            let pod = pods.get(&runner.name_any()).map(AsRef::as_ref);
-            all.push(self.look(&runner, pod, kept, &nodes, now).await);
+            let (seen, change) = self.look(&part.pool, runner, pod.as_deref(), kept, cordoned, now);
+            changes.extend(change.map(|status| (Arc::clone(runner), status)));
+            all.push(seen);
         }
         kept.counted.retain(|name| all.iter().any(|runner: &plan::Runner| runner.name == *name));
         // Those that were made a moment ago and didn't come back by the watch yet.
@@ -289,35 +410,37 @@ impl Operator {
                 name: name.clone(),
                 phase: Phase::Pending,
                 since: *at,
-                template: objects::template(&pool.spec),
+                template: objects::template(&part.pool.spec),
                 placement: placement.clone(),
                 created: *at,
                 draining: None,
                 unschedulable: false,
-                cordoned: false,
+                stale: false,
+                cordoned: None,
             });
         }
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        all
+        (all, changes)
     }
 
-    async fn look(
+    fn look(
         &self,
+        pool: &RunnerPool,
         runner: &Runner,
         pod: Option<&Pod>,
         kept: &mut Kept,
-        nodes: &HashMap<String, bool>,
+        cordoned: &BTreeMap<String, Timestamp>,
         now: Timestamp,
-    ) -> plan::Runner {
+    ) -> (plan::Runner, Option<RunnerStatus>) {
         let status = runner.status.clone().unwrap_or_default();
         let created = runner.metadata.creation_timestamp.as_ref().map_or(now, |at| at.0);
         let time = |text: &Option<String>| text.as_ref().and_then(|text| text.parse::<Timestamp>().ok());
         let since = time(&status.since).unwrap_or(created);
         let draining = time(&status.draining_since);
         let seen = objects::seen(pod);
-        let system_id = gitlab::system_id(&runner.uid().unwrap_or_default());
-        let work = match &kept.machines {
-            Some(Ok(machines)) => match machines.get(&system_id) {
+        let machine = kept.provider.as_ref().map(|provider| machine_id(provider.as_ref(), runner));
+        let work = match (&kept.machines, &machine) {
+            (Some(Ok(machines)), Some(machine)) => match machines.get(machine) {
                 Some(job) if job.busy => Work::Busy,
                 Some(_) => Work::Idle,
                 None => Work::Unheard,
@@ -329,10 +452,12 @@ impl Operator {
             &life::Seen { phase: status.phase, since, created, pod: seen, work, draining: draining.is_some() },
             now,
         );
+        let before = since;
         let since = if phase == status.phase { since } else { now };
         if phase == Phase::Failed && kept.counted.insert(runner.name_any()) {
             kept.memory.failures = kept.memory.failures.saturating_add(1);
             kept.memory.failed = Some(now);
+            self.options.metrics.failed(&label(pool));
             tracing::warn!(runner = runner.name_any(), why = message.as_deref().unwrap_or_default(), "a runner failed");
         }
         if matches!(phase, Phase::Idle | Phase::Busy) {
@@ -344,24 +469,25 @@ impl Operator {
         if up(phase) && !up(status.phase) && !status.phase.is_over() {
             kept.memory.estimate.started(passed(created));
         }
+        if let Some(step) = metrics::step(status.phase, phase) {
+            self.options.metrics.started(&label(pool), step, passed(before).as_secs_f64());
+        }
         match (status.phase, phase) {
             (Phase::Busy, Phase::Busy) => {}
             (_, Phase::Busy) => kept.memory.estimate.began(),
             (Phase::Busy, _) => kept.memory.estimate.ended(passed(time(&status.since).unwrap_or(created))),
             _ => {}
         }
-        if phase != status.phase || (message.is_some() && message != status.message) {
-            let status = RunnerStatus {
-                phase,
-                since: Some(objects::whole_second(since).to_string()),
-                message,
-                system_id: Some(system_id),
-                draining_since: status.draining_since,
-            };
-            self.write_status(runner, &status).await;
-        }
+        let changed = phase != status.phase || (message.is_some() && message != status.message);
+        let change = changed.then(|| RunnerStatus {
+            phase,
+            since: Some(objects::whole_second(since).to_string()),
+            message,
+            system_id: machine.or(status.system_id),
+            draining_since: status.draining_since,
+        });
         let node = pod.and_then(|pod| pod.spec.as_ref()?.node_name.clone());
-        plan::Runner {
+        let seen = plan::Runner {
             name: runner.name_any(),
             phase,
             since,
@@ -370,8 +496,21 @@ impl Operator {
             created,
             draining,
             unschedulable,
-            cordoned: node.and_then(|node| nodes.get(&node).copied()).unwrap_or(false),
-        }
+            stale: pod.is_some_and(|pod| kept.is_stale(pod)),
+            cordoned: node.and_then(|node| cordoned.get(&node).copied()),
+        };
+        (seen, change)
+    }
+
+    async fn write_statuses(&self, changes: Vec<(Arc<Runner>, RunnerStatus)>) {
+        let one = |(runner, status): (Arc<Runner>, RunnerStatus)| -> effects::Effect<'_, ()> {
+            Box::pin(async move {
+                self.write_status(&runner, &status).await;
+                Ok(())
+            })
+        };
+        // Each tells of its own failure.
+        drop(effects::all(changes.into_iter().map(one).collect()).await);
     }
 
     async fn write_status(&self, runner: &Runner, status: &RunnerStatus) {
@@ -383,310 +522,15 @@ impl Operator {
             tracing::debug!(runner = runner.name_any(), error = chain(&error), "a status wasn't written");
         }
     }
+}
 
-    /// Brings one pool nearer to what it should be.
-    async fn pool(
-        &self,
-        pool: &RunnerPool,
-        kept: &mut Kept,
-        runners: &[plan::Runner],
-        share: Option<u32>,
-        now: Timestamp,
-    ) -> Result<(), kube::Error> {
-        if pool.metadata.deletion_timestamp.is_some() {
-            return self.end(pool, kept, runners, now).await;
-        }
-        if !pool.finalizers().iter().any(|name| name == objects::FINALIZER) {
-            self.finalizers(pool, true).await?;
-        }
-        let template = objects::template(&pool.spec);
-        let observed = Observed { runners, demand: demand(kept), template: &template, share };
-        let plan = plan::plan(&pool.spec, &observed, &mut kept.memory, now);
-        self.equip(pool, kept).await?;
-        for name in &plan.remove {
-            self.remove(pool, kept, name, now).await?;
-        }
-        for name in &plan.drain {
-            self.drain(pool, kept, name, now).await?;
-        }
-        // Without a record there is nothing that a machine could do.
-        if kept.held.is_some() {
-            for placement in &plan.create {
-                self.create(pool, kept, placement, now).await?;
-            }
-        }
-        self.ghosts(pool, kept, now).await;
-        self.tell(pool, kept, runners, &plan, &template, now).await
-    }
+/// Who a runner is to its CI system.
+fn machine_id(provider: &dyn Provider, runner: &Runner) -> String {
+    provider.machine_id(&runner.name_any(), &runner.uid().unwrap_or_default())
+}
 
-    async fn create(
-        &self,
-        pool: &RunnerPool,
-        kept: &mut Kept,
-        placement: &str,
-        now: Timestamp,
-    ) -> Result<(), kube::Error> {
-        let runners: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        let suffix: String = uuid::Uuid::new_v4().simple().to_string().chars().take(8).collect();
-        let name = format!("{}-{suffix}", pool.name_any());
-        runners.create(&PostParams::default(), &objects::runner(pool, &name, placement)).await?;
-        tracing::info!(runner = name, placement, "a runner is made");
-        kept.expected.insert(name, Expected { at: now, placement: placement.to_owned() });
-        Ok(())
-    }
-
-    /// Gives runners that have none their Secret and their machine.
-    async fn equip(&self, pool: &RunnerPool, kept: &Kept) -> Result<(), kube::Error> {
-        let Some(held) = &kept.held else { return Ok(()) };
-        let have: BTreeSet<String> =
-            self.pods.state().iter().filter_map(|pod| pod.labels().get(objects::RUNNER).cloned()).collect();
-        let client = &self.options.client;
-        for runner in self.runners.state() {
-            let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
-            let ours = runner.namespace() == pool.namespace() && runner.spec.pool == pool.name_any();
-            if !ours
-                || phase != Phase::Pending
-                || have.contains(&runner.name_any())
-                || runner.metadata.deletion_timestamp.is_some()
-            {
-                continue;
-            }
-            let (name, system_id) = (runner.name_any(), gitlab::system_id(&runner.uid().unwrap_or_default()));
-            let machine = gitlab::Machine {
-                url: &pool.spec.provider.gitlab.url,
-                held,
-                system_id: &system_id,
-                name: &name,
-                jobs: pool.spec.jobs_per_runner,
-                wait: None,
-            };
-            let data = match &pool.spec.user_data {
-                None => gitlab::standard(&machine),
-                Some(template) => match gitlab::fill(template, &machine) {
-                    Ok(data) => data,
-                    Err(error) => {
-                        let status = RunnerStatus {
-                            phase: Phase::Failed,
-                            message: Some(error.to_string()),
-                            ..RunnerStatus::default()
-                        };
-                        self.write_status(&runner, &status).await;
-                        continue;
-                    }
-                },
-            };
-            let secrets: Api<Secret> = Api::namespaced(client.clone(), &namespace(pool));
-            made(secrets.create(&PostParams::default(), &objects::secret(&runner, data)).await)?;
-            let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace(pool));
-            made(pods.create(&PostParams::default(), &objects::pod(pool, &runner)).await)?;
-        }
-        Ok(())
-    }
-
-    /// Asks a runner to go. One that is idle is looked at once more: a job may have come.
-    async fn drain(&self, pool: &RunnerPool, kept: &Kept, name: &str, now: Timestamp) -> Result<(), kube::Error> {
-        let Some(runner) = self.runner(pool, name) else { return Ok(()) };
-        let uid = runner.uid().unwrap_or_default();
-        let system_id = gitlab::system_id(&uid);
-        let busy = match (&kept.held, self.gitlab(pool).await) {
-            (Some(held), Ok(gitlab)) => {
-                gitlab.is_busy(held.record, &system_id, now).await.map_err(|error| chain(&error))
-            }
-            (None, _) => Err("the pool's runner isn't known yet".to_owned()),
-            (_, Err(why)) => Err(why),
-        };
-        let pods = self.pods.state();
-        let pod = pods.iter().find(|pod| pod.name_any() == name && pod.namespace() == pool.namespace());
-        let up = objects::seen(pod.map(AsRef::as_ref)) == life::Pod::Up;
-        let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
-        match busy {
-            Ok(false) => {}
-            Ok(true) => return Ok(()),
-            // One that never came up has no job, whoever can't be asked.
-            Err(_) if !up && matches!(phase, Phase::Pending | Phase::Starting) => {}
-            Err(why) => {
-                tracing::debug!(runner = name, why, "not drained: nobody can say whether it has a job");
-                return Ok(());
-            }
-        }
-        // With the pod's own grace period: should a job have come in this instant, the guest ends after it. It is written down
-        // afterwards, so that an operator that dies in between asks again.
-        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        gone(pods.delete(name, &DeleteParams::default()).await)?;
-        tracing::info!(runner = name, "a runner is asked to go");
-        let mut status = runner.status.clone().unwrap_or_default();
-        status.draining_since = Some(objects::whole_second(now).to_string());
-        self.write_status(&runner, &status).await;
-        Ok(())
-    }
-
-    /// Removes a runner that is over: first from the CI system's list, so that nothing is left there.
-    async fn remove(&self, pool: &RunnerPool, kept: &Kept, name: &str, now: Timestamp) -> Result<(), kube::Error> {
-        let Some(runner) = self.runner(pool, name) else { return Ok(()) };
-        if let (Some(held), Ok(gitlab)) = (&kept.held, self.gitlab(pool).await)
-            && let Err(error) = gitlab.forget(held, &gitlab::system_id(&runner.uid().unwrap_or_default()), now).await
-        {
-            tracing::debug!(runner = name, error = chain(&error), "the CI system can't forget it now; trying again");
-            return Ok(());
-        }
-        let runners: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        let same = Preconditions { uid: runner.uid(), resource_version: None };
-        // In the background: its Secret and its Pod go with it.
-        gone(runners.delete(name, &DeleteParams { preconditions: Some(same), ..DeleteParams::background() }).await)
-    }
-
-    fn runner(&self, pool: &RunnerPool, name: &str) -> Option<std::sync::Arc<Runner>> {
-        self.runners.get(&reflector::ObjectRef::new(name).within(&namespace(pool)))
-    }
-
-    /// Removes machines from the CI system's list that no runner speaks of any more.
-    async fn ghosts(&self, pool: &RunnerPool, kept: &Kept, now: Timestamp) {
-        let (Some(held), Some(Ok(machines))) = (&kept.held, &kept.machines) else { return };
-        let known: BTreeSet<String> =
-            self.runners.state().iter().map(|runner| gitlab::system_id(&runner.uid().unwrap_or_default())).collect();
-        let silent = |job: &Job| !job.busy && job.contacted.is_some_and(|at| now.duration_since(at) > GHOST);
-        let ghosts: Vec<&String> =
-            machines.iter().filter(|(id, job)| !known.contains(*id) && silent(job)).map(|(id, _)| id).collect();
-        if ghosts.is_empty() {
-            return;
-        }
-        let Ok(gitlab) = self.gitlab(pool).await else { return };
-        for system_id in ghosts {
-            tracing::info!(
-                pool = key(pool),
-                system_id,
-                "a machine that is long gone is removed from the CI system's list"
-            );
-            if let Err(error) = gitlab.forget(held, system_id, now).await {
-                tracing::debug!(system_id, error = chain(&error), "it can't be removed now");
-            }
-        }
-    }
-
-    /// The pool is to go: its runners finish their jobs, then its record goes, then the pool.
-    async fn end(
-        &self,
-        pool: &RunnerPool,
-        kept: &mut Kept,
-        runners: &[plan::Runner],
-        now: Timestamp,
-    ) -> Result<(), kube::Error> {
-        if !pool.finalizers().iter().any(|name| name == objects::FINALIZER) {
-            return Ok(());
-        }
-        for runner in runners {
-            if runner.phase.is_over() {
-                self.remove(pool, kept, &runner.name, now).await?;
-            } else if runner.phase != Phase::Busy && runner.draining.is_none() {
-                self.drain(pool, kept, &runner.name, now).await?;
-            }
-        }
-        // Not from the cache: a runner that was made a moment ago counts.
-        let api: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        let label = format!("{}={}", objects::POOL, pool.name_any());
-        if !api.list(&ListParams::default().labels(&label)).await?.items.is_empty() {
-            return Ok(());
-        }
-        let held = match kept.held.take() {
-            Some(held) => Some(held),
-            None => self.held(pool).await?,
-        };
-        if let Some(held) = held {
-            match self.gitlab(pool).await {
-                Ok(gitlab) => {
-                    if let Err(error) = gitlab.remove(held.record, now).await {
-                        tracing::warn!(
-                            pool = key(pool),
-                            error = chain(&error),
-                            "the pool's runner can't be removed at GitLab; trying again"
-                        );
-                        kept.held = Some(held);
-                        return Ok(());
-                    }
-                }
-                // Without its Secret nobody can remove it; the pool must not stay for ever.
-                Err(why) => {
-                    tracing::warn!(pool = key(pool), why, record = held.record, "the pool's runner stays at GitLab");
-                }
-            }
-        }
-        self.finalizers(pool, false).await
-    }
-
-    async fn finalizers(&self, pool: &RunnerPool, ours: bool) -> Result<(), kube::Error> {
-        let mut all: Vec<String> =
-            pool.finalizers().iter().filter(|name| *name != objects::FINALIZER).cloned().collect();
-        if ours {
-            all.push(objects::FINALIZER.to_owned());
-        }
-        let pools: Api<RunnerPool> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        let patch = json!({"metadata": {"finalizers": all, "resourceVersion": pool.resource_version()}});
-        match pools.patch(&pool.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await {
-            // Somebody was faster; the next look decides.
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-            result => gone(result),
-        }
-    }
-
-    /// Writes the pool's status, when it changed.
-    async fn tell(
-        &self,
-        pool: &RunnerPool,
-        kept: &Kept,
-        runners: &[plan::Runner],
-        plan: &Plan,
-        template: &str,
-        now: Timestamp,
-    ) -> Result<(), kube::Error> {
-        let count = |wanted: &dyn Fn(&plan::Runner) -> bool| {
-            u32::try_from(runners.iter().filter(|runner| wanted(runner)).count()).unwrap_or(u32::MAX)
-        };
-        let mut placements: BTreeMap<String, u32> = BTreeMap::new();
-        for runner in runners.iter().filter(|runner| !runner.phase.is_over() && !runner.placement.is_empty()) {
-            *placements.entry(runner.placement.clone()).or_default() += 1;
-        }
-        let before = pool.status.clone().unwrap_or_default();
-        let generation = pool.metadata.generation;
-        let mut conditions = before.conditions.clone();
-        let (ready, why) = match (&kept.trouble, &kept.held) {
-            (Some(why), _) => (false, why.clone()),
-            (None, None) => (false, "the runner isn't registered yet".to_owned()),
-            (None, Some(_)) => (true, String::new()),
-        };
-        let word = if ready { "Registered" } else { "Trouble" };
-        objects::set_condition(&mut conditions, "ProviderReady", ready, word, why, generation, now);
-        let (word, why) = plan.why.clone().unwrap_or(("AsWanted", String::new()));
-        objects::set_condition(&mut conditions, "Scaling", plan.why.is_none(), word, why, generation, now);
-        let (word, why) = match (&plan.halted, plan.rolled_out) {
-            (Some(why), _) => ("Halted", why.clone()),
-            (None, true) => ("Done", String::new()),
-            (None, false) => ("UnderWay", "runners of an older template are left".to_owned()),
-        };
-        objects::set_condition(&mut conditions, "RolledOut", plan.rolled_out, word, why, generation, now);
-        let status = RunnerPoolStatus {
-            replicas: count(&|runner| !runner.phase.is_over()),
-            idle: count(&|runner| runner.phase == Phase::Idle),
-            busy: count(&|runner| runner.phase == Phase::Busy),
-            starting: count(&|runner| matches!(runner.phase, Phase::Pending | Phase::Starting | Phase::Provisioning)),
-            updated: count(&|runner| !runner.phase.is_over() && runner.template == template),
-            wanted: plan.wanted,
-            pending_jobs: kept.demand.as_ref().and_then(|demand| demand.as_ref().ok()).map(|waiting| waiting.count),
-            selector: format!("{}={}", objects::POOL, pool.name_any()),
-            template: template.to_owned(),
-            placements,
-            observed_generation: generation,
-            conditions,
-        };
-        if status == before {
-            return Ok(());
-        }
-        let pools: Api<RunnerPool> = Api::namespaced(self.options.client.clone(), &namespace(pool));
-        // Whole, so that what is no longer there goes: a merge would keep it.
-        let patch = json!([{"op": "add", "path": "/status", "value": status}]);
-        let patch: json_patch::Patch = serde_json::from_value(patch).map_err(kube::Error::SerdeError)?;
-        let done = pools.patch_status(&pool.name_any(), &PatchParams::default(), &Patch::Json::<()>(patch)).await;
-        gone(done)
-    }
+fn label(pool: &RunnerPool) -> metrics::Pool {
+    metrics::Pool { namespace: namespace(pool), pool: pool.name_any() }
 }
 
 fn demand(kept: &Kept) -> Demand {
@@ -719,18 +563,4 @@ fn gone<T>(result: Result<T, kube::Error>) -> Result<(), kube::Error> {
         Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
         result => result.map(drop),
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(error) = source {
-        let more = error.to_string();
-        if !text.ends_with(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        source = error.source();
-    }
-    text
 }

@@ -39,8 +39,10 @@ pub struct Runner {
     pub draining: Option<Timestamp>,
     /// No node has room for its machine.
     pub unschedulable: bool,
-    /// Its node takes no new pods: it is about to be emptied.
-    pub cordoned: bool,
+    /// The CI system no longer takes what it was given to be known by: it gets no job any more.
+    pub stale: bool,
+    /// Its node takes no new pods since then: it is about to be emptied.
+    pub cordoned: Option<Timestamp>,
 }
 
 /// Jobs that wait.
@@ -106,6 +108,8 @@ pub struct Plan {
     pub drain: Vec<String>,
     /// Remove these: they are over, or drained long enough.
     pub remove: Vec<String>,
+    /// Let these be evicted: their nodes have waited for their jobs long enough.
+    pub release: Vec<String>,
     /// Why it isn't scaling, in a word and a sentence; none when all is as wanted.
     pub why: Option<(&'static str, String)>,
     /// Whether every runner is of the newest template.
@@ -119,8 +123,12 @@ pub struct Plan {
 pub fn plan(spec: &RunnerPoolSpec, seen: &Observed<'_>, memory: &mut Memory, now: Timestamp) -> Plan {
     let mut plan = Plan::default();
     plan.remove.extend(over(spec, seen.runners, now));
-    let alive: Vec<&Runner> = seen.runners.iter().filter(|r| !r.phase.is_over() && r.draining.is_none()).collect();
-    let draining_busy = seen.runners.iter().filter(|r| !r.phase.is_over() && r.draining.is_some()).count();
+    // One that gets no job any more is none, unless it has one.
+    let useless = |r: &Runner| r.stale && r.phase != Phase::Busy;
+    let (alive, leaving): (Vec<&Runner>, Vec<&Runner>) =
+        seen.runners.iter().filter(|r| !r.phase.is_over()).partition(|r| r.draining.is_none() && !useless(r));
+    plan.drain.extend(leaving.iter().filter(|r| r.draining.is_none()).map(|r| r.name.clone()));
+    let draining_busy = leaving.len();
     let busy = count(&alive, |r| r.phase == Phase::Busy);
     let (bounds, invalid) = schedule::bounds(&spec.scale, now);
     if let Demand::Known { count, oldest } = &seen.demand {
@@ -175,8 +183,11 @@ pub fn plan(spec: &RunnerPoolSpec, seen: &Observed<'_>, memory: &mut Memory, now
         plan.drain.extend(go.into_iter().filter(|name| !plan.drain.contains(name)).collect::<Vec<_>>());
     }
     // A node that is being emptied gives back what has no job; others take its place.
-    let leaving = alive.iter().filter(|r| r.cordoned && r.phase == Phase::Idle).map(|r| r.name.clone());
+    let leaving = alive.iter().filter(|r| r.cordoned.is_some() && r.phase == Phase::Idle).map(|r| r.name.clone());
     plan.drain.extend(leaving.filter(|name| !plan.drain.contains(name)).collect::<Vec<_>>());
+    let patience = SignedDuration::from_secs(i64::from(spec.rollout.drain_seconds));
+    let waited = |r: &&Runner| r.cordoned.is_some_and(|since| now.duration_since(since) > patience);
+    plan.release = seen.runners.iter().filter(|r| !r.phase.is_over()).filter(waited).map(|r| r.name.clone()).collect();
     plan
 }
 

@@ -152,6 +152,9 @@ pub(crate) struct Fleet {
     /// How often CI systems are asked about waiting jobs and their machines
     #[arg(long = "fleet-poll", value_name = "DURATION", default_value = "3s", value_parser = values::duration)]
     pub(crate) poll: std::time::Duration,
+    /// Where the fleet's metrics are offered, in Prometheus' form, to anybody who asks; without it nowhere
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) metrics_listen: Option<std::net::SocketAddr>,
 }
 
 /// Keep runner pools in a Kubernetes cluster.

@@ -7,6 +7,7 @@ use crate::agent;
 use crate::args;
 use crate::client;
 use crate::interrupts::Interrupts;
+use crate::metrics;
 use crate::output::talk;
 use crate::report::Exit;
 
@@ -24,12 +25,12 @@ pub(crate) async fn run(args: args::Controller) -> Result<Exit> {
     let identity = args.identity.unwrap_or_else(|| format!("{}-{}", agent::node_name(None), std::process::id()));
     let stop = CancellationToken::new();
     let options = vmpod_fleet::Options {
-        client,
-        identity,
         namespace: args.lease_namespace,
         install: !args.no_install,
         poll: args.fleet.poll,
+        ..vmpod_fleet::Options::new(client, identity)
     };
+    let _metrics = metrics::serve(args.fleet.metrics_listen, &options.metrics).await?;
     let mut work = tokio::spawn(vmpod_fleet::run(options, stop.clone()));
     talk(&format!("the fleet operator works for {server}; Ctrl-C stops it, and the runners go on"));
     tokio::select! {

@@ -15,6 +15,7 @@ mod home;
 mod image;
 mod interrupts;
 mod logging;
+mod metrics;
 mod node;
 mod output;
 mod pods;

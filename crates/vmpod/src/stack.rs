@@ -25,8 +25,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) kubelet_port: u16,
     pub(crate) tls_sans: Vec<String>,
     pub(crate) machines: &'a NodeMachines,
-    /// Whether runner pools are kept, and how often their CI systems are asked.
-    pub(crate) fleet: Option<Duration>,
+    /// Whether runner pools are kept: how often their CI systems are asked, and what is counted.
+    pub(crate) fleet: Option<(Duration, vmpod_fleet::Metrics)>,
 }
 
 /// The running parts.
@@ -139,13 +139,12 @@ impl Stack {
             error = node.ended() => return Err(error),
             result = ready.wait_for(|ready| *ready) => { result.context("the node agent ended before it was ready")?; }
         }
-        let fleet = fleet.map(|poll| {
+        let fleet = fleet.map(|(poll, metrics)| {
+            let client = kube::Client::new(operator, "default");
             let options = vmpod_fleet::Options {
-                client: kube::Client::new(operator, "default"),
-                identity: format!("vmpod-up-{name}"),
-                namespace: "default".to_owned(),
-                install: true,
                 poll,
+                metrics,
+                ..vmpod_fleet::Options::new(client, format!("vmpod-up-{name}"))
             };
             Part::spawn("the fleet operator", |stop| {
                 Box::pin(async move { vmpod_fleet::run(options, stop).await.map_err(Into::into) })

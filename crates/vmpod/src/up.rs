@@ -12,6 +12,7 @@ use crate::home::{Home, Role};
 use crate::image;
 use crate::interrupts::Interrupts;
 use crate::output::{self, Progress, Style, talk};
+use crate::metrics;
 use crate::report::{Exit, Remedy};
 use crate::stack::{Plan, Stack};
 
@@ -22,6 +23,9 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     let _lock = home.lock(Role::Up).await?;
     clear_dead_runs(home, &agent::qemu(&args.machines.qemu)).await;
 
+    let fleet_metrics = vmpod_fleet::Metrics::default();
+    let listen = args.fleet.metrics_listen.filter(|_| !args.no_fleet);
+    let _metrics = metrics::serve(listen, &fleet_metrics).await?;
     let spinner = Progress::spinner("starting");
     let name = agent::node_name(args.name.as_deref());
     let starting = Stack::start(Plan {
@@ -31,7 +35,7 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
         kubelet_port: args.kubelet.kubelet_port,
         tls_sans: args.tls_san,
         machines: &args.machines,
-        fleet: (!args.no_fleet).then_some(args.fleet.poll),
+        fleet: (!args.no_fleet).then(|| (args.fleet.poll, fleet_metrics.clone())),
     });
     let stack = tokio::select! {
         stack = starting => stack,

@@ -11,8 +11,9 @@ use reqwest::Url;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::limit::{Heard, Limit};
+use crate::limit::{Heard, Limit};
 use super::record::Token;
+use crate::provider::Calls;
 
 /// Why GitLab could not be asked, or what it said instead.
 #[derive(Debug, thiserror::Error)]
@@ -145,19 +146,6 @@ impl Error {
     }
 }
 
-/// How many calls were made, for metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Calls {
-    /// All that were sent.
-    pub sent: u64,
-    /// Those that hit the rate limit.
-    pub limited: u64,
-    /// Those that failed: no answer, or a server's error.
-    pub failed: u64,
-    /// Those that weren't sent because of a pause.
-    pub paused: u64,
-}
-
 #[derive(Debug, Default)]
 struct Counters {
     sent: AtomicU64,
@@ -180,7 +168,7 @@ pub(super) struct Site {
 }
 
 /// A lock whose holder can't have left half a change.
-pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -356,7 +344,7 @@ impl Client {
 }
 
 /// What an answer says to people, in one line that isn't too long.
-fn message(body: &[u8]) -> String {
+pub(crate) fn message(body: &[u8]) -> String {
     let text = match serde_json::from_slice::<Value>(body) {
         Ok(value) => match ["message", "error_description", "error"].iter().find_map(|name| value.get(name)) {
             Some(Value::String(text)) => text.clone(),

@@ -1,9 +1,12 @@
 //! What GitLab's API says, parsed at the edge. Fields that nobody needs here are not read.
 
+use std::time::Duration;
+
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::Begun;
 use super::record::{Found, Scope, Settings};
 
 /// The answer to a record's making.
@@ -98,6 +101,33 @@ impl Job {
     pub(super) fn fits(&self, settings: &Settings) -> bool {
         let Settings { tags, run_untagged, .. } = settings;
         if self.tag_list.is_empty() { *run_untagged } else { self.tag_list.iter().all(|tag| tags.contains(tag)) }
+    }
+}
+
+/// A job that a record's machine took.
+#[derive(Debug, Deserialize)]
+pub(super) struct RunnerJob {
+    pub(super) id: u64,
+    #[serde(default)]
+    status: Option<String>,
+    /// How long it waited, in seconds.
+    #[serde(default)]
+    queued_duration: Option<f64>,
+    /// How long it took, or has taken so far, in seconds.
+    #[serde(default)]
+    duration: Option<f64>,
+    #[serde(default)]
+    finished_at: Option<Timestamp>,
+}
+
+impl From<RunnerJob> for Begun {
+    fn from(job: RunnerJob) -> Self {
+        let seconds = |number: Option<f64>| number.and_then(|number| Duration::try_from_secs_f64(number).ok());
+        let status = job.status.unwrap_or_default();
+        // A bounded set of words, whatever GitLab adds: they become labels of metrics.
+        let status = if matches!(status.as_str(), "success" | "failed" | "canceled") { status } else { "other".into() };
+        let ended = job.finished_at.and(seconds(job.duration)).map(|took| (took, status));
+        Self { id: job.id, waited: seconds(job.queued_duration), ended }
     }
 }
 

@@ -31,7 +31,8 @@ fn runner(name: &str, phase: Phase) -> Runner {
         created: at(0),
         draining: None,
         unschedulable: false,
-        cordoned: false,
+        stale: false,
+        cordoned: None,
     }
 }
 
@@ -176,9 +177,23 @@ fn a_rollout_of_something_broken_stops() {
 #[test]
 fn a_node_that_is_emptied_gives_back_its_idle_runners() {
     let pool = spec(json!({"scale": {"max": 10, "min": 2}}));
-    let cordoned = |name, phase| Runner { cordoned: true, ..runner(name, phase) };
+    let cordoned = |name, phase| Runner { cordoned: Some(at(0)), ..runner(name, phase) };
     let plan = once(&pool, &[cordoned("a", Phase::Idle), cordoned("b", Phase::Busy)], known(0));
     assert_eq!(plan.drain, ["a"]);
+    // The other one has its time; after that it may be evicted.
+    assert!(plan.release.is_empty());
+    let late = run(&pool, &[cordoned("b", Phase::Busy)], known(0), &mut Memory::default(), 7201);
+    assert_eq!((late.release, late.drain), (vec!["b".to_owned()], vec![]));
+}
+
+#[test]
+fn a_runner_whose_token_is_gone_is_replaced_unless_it_has_a_job() {
+    let pool = spec(json!({"scale": {"max": 3, "min": 2}}));
+    let stale = |name, phase| Runner { stale: true, ..runner(name, phase) };
+    let plan = once(&pool, &[stale("a", Phase::Idle), stale("b", Phase::Busy), stale("c", Phase::Starting)], known(0));
+    assert_eq!((plan.drain, plan.create.len()), (vec!["a".to_owned(), "c".to_owned()], 0), "the most are there");
+    let plan = once(&pool, &[stale("a", Phase::Idle), runner("b", Phase::Idle)], known(0));
+    assert_eq!((plan.drain, plan.create.len()), (vec!["a".to_owned()], 1));
 }
 
 #[test]
@@ -297,7 +312,8 @@ proptest! {
         let runners: Vec<Runner> = all.iter().enumerate().map(|(n, (phase, new, draining, cordoned))| Runner {
             template: if *new { "new" } else { "old" }.to_owned(),
             draining: draining.then(|| at(99)),
-            cordoned: *cordoned,
+            stale: false,
+            cordoned: cordoned.then(|| at(0)),
             ..runner(&format!("r{n}"), *phase)
         }).collect();
         let mut memory = Memory { failures, failed: Some(at(0)), ..Memory::default() };

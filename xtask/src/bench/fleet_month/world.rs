@@ -219,7 +219,8 @@ impl<'a> World<'a> {
             created: at(self.now),
             draining: None,
             unschedulable: true,
-            cordoned: false,
+            stale: false,
+            cordoned: None,
         });
         self.machines.insert(id, Machine { place, placed: None, began: 0, job: 0 });
         self.held[flavour][place] += 1;

@@ -1,4 +1,4 @@
-//! How long a GitLab wants to be left alone: one answer for all pools that ask the same one.
+//! How long a CI system wants to be left alone: one answer for all pools that ask the same one.
 //!
 //! GitLab tells by `RateLimit-ResetTime` (an HTTP date), `RateLimit-Reset` (seconds since the epoch) and `Retry-After`
 //! (seconds). Failures without such a word are answered with a pause that doubles.
@@ -16,7 +16,7 @@ const LONGEST_OF_FAILURES: Duration = Duration::from_mins(1);
 
 /// What an answer says of further calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Heard {
+pub(crate) enum Heard {
     /// It is well.
     Fine,
     /// Too many calls: not before then, if it says when.
@@ -27,7 +27,7 @@ pub(super) enum Heard {
 
 impl Heard {
     /// Reads an answer.
-    pub(super) fn of(status: StatusCode, headers: &HeaderMap, now: Timestamp) -> Self {
+    pub(crate) fn of(status: StatusCode, headers: &HeaderMap, now: Timestamp) -> Self {
         if status == StatusCode::TOO_MANY_REQUESTS {
             return Self::Limited(reset(headers).or_else(|| retry_after(headers, now)));
         }
@@ -71,19 +71,19 @@ fn retry_after(headers: &HeaderMap, now: Timestamp) -> Option<Timestamp> {
 
 /// Whether and when to call again.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Limit {
+pub(crate) struct Limit {
     until: Option<Timestamp>,
     failures: u32,
 }
 
 impl Limit {
     /// When the next call may be made, if not now.
-    pub(super) fn wait(&self, now: Timestamp) -> Option<Timestamp> {
+    pub(crate) fn wait(&self, now: Timestamp) -> Option<Timestamp> {
         self.until.filter(|until| now < *until)
     }
 
     /// Takes note of an answer. Returns when the next call may be made, if not now.
-    pub(super) fn hear(&mut self, heard: Heard, now: Timestamp) -> Option<Timestamp> {
+    pub(crate) fn hear(&mut self, heard: Heard, now: Timestamp) -> Option<Timestamp> {
         let told = match heard {
             Heard::Fine => {
                 self.failures = 0;

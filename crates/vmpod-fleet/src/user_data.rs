@@ -1,26 +1,28 @@
-//! What a guest learns at its first boot: where its GitLab is, the runner's token, and who it is.
+//! What a guest learns at its first boot: where its CI system is, the runner's token, and who it is.
 //!
 //! It holds the token, so it goes into a Secret, never into a Pod.
 
-use std::time::Duration;
+use std::fmt;
 
-use super::record::Held;
-
-/// A machine that is to serve a pool.
-#[derive(Clone, Copy, Debug)]
-pub struct Machine<'a> {
-    /// The GitLab.
+/// What a machine's user data may speak of.
+#[derive(Clone, Copy)]
+pub struct Values<'a> {
+    /// The CI system.
     pub url: &'a str,
-    /// The pool's record and token.
-    pub held: &'a Held,
-    /// Who it is: see [`system_id`].
+    /// The token that runners of the pool use.
+    pub token: &'a str,
+    /// Who it is to the CI system: see [`system_id`].
     pub system_id: &'a str,
     /// The name of its Runner, for people.
     pub name: &'a str,
     /// After so many jobs it ends.
     pub jobs: u32,
-    /// A machine that gets no job for so long ends; never without.
-    pub wait: Option<Duration>,
+}
+
+impl fmt::Debug for Values<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Values").field("url", &self.url).field("name", &self.name).finish_non_exhaustive()
+    }
 }
 
 /// A template can't be filled.
@@ -37,15 +39,16 @@ pub enum TemplateError {
 const PREFIX: &str = "$(VMPOD_";
 
 fn names() -> String {
-    let all = ["GITLAB_URL", "RUNNER_TOKEN", "SYSTEM_ID", "RUNNER_NAME", "MAX_JOBS"];
+    let all = ["PROVIDER_URL", "RUNNER_TOKEN", "SYSTEM_ID", "RUNNER_NAME", "MAX_JOBS"];
     all.map(|name| format!("$(VMPOD_{name})")).join(", ")
 }
 
-impl Machine<'_> {
+impl Values<'_> {
     fn value(&self, name: &str) -> Option<String> {
         Some(match name {
-            "GITLAB_URL" => self.url.to_owned(),
-            "RUNNER_TOKEN" => self.held.token.expose().to_owned(),
+            // The first name was the only one while there was only one CI system.
+            "PROVIDER_URL" | "GITLAB_URL" => self.url.to_owned(),
+            "RUNNER_TOKEN" => self.token.to_owned(),
             "SYSTEM_ID" => self.system_id.to_owned(),
             "RUNNER_NAME" => self.name.to_owned(),
             "MAX_JOBS" => self.jobs.to_string(),
@@ -64,11 +67,11 @@ pub fn system_id(uid: &str) -> String {
 }
 
 /// Puts a machine's values in place of `$(VMPOD_…)` in a pool's own user data. All else stays as it is.
-pub fn fill(template: &str, machine: &Machine<'_>) -> Result<String, TemplateError> {
+pub fn fill(template: &str, values: &Values<'_>) -> Result<String, TemplateError> {
     let (mut filled, mut rest) = (String::with_capacity(template.len() + 256), template);
     while let Some((before, after)) = rest.split_once(PREFIX) {
         let name: String = after.chars().take_while(|c| c.is_ascii_uppercase() || *c == '_').collect();
-        let value = machine.value(&name).filter(|_| after[name.len()..].starts_with(')'));
+        let value = values.value(&name).filter(|_| after[name.len()..].starts_with(')'));
         let Some(value) = value else { return Err(TemplateError::Unknown { name }) };
         filled.push_str(before);
         filled.push_str(&value);
@@ -80,12 +83,11 @@ pub fn fill(template: &str, machine: &Machine<'_>) -> Result<String, TemplateErr
 
 /// User data for an image that has cloud-init and GitLab Runner: it takes its jobs and then switches the machine off.
 #[must_use]
-pub fn standard(machine: &Machine<'_>) -> String {
+pub fn standard(values: &Values<'_>) -> String {
     // Strings of TOML and YAML may be written as JSON's.
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
-    let (name, url, token) = (quoted(machine.name), quoted(machine.url), quoted(machine.held.token.expose()));
-    let (system_id, jobs) = (quoted(machine.system_id), machine.jobs);
-    let wait = machine.wait.map_or(0, |wait| wait.as_secs().max(1));
+    let (name, url, token) = (quoted(values.name), quoted(values.url), quoted(values.token));
+    let (system_id, jobs) = (quoted(values.system_id), values.jobs);
     format!(
         r#"#cloud-config
 write_files:
@@ -107,7 +109,7 @@ write_files:
       After=network-online.target
       Wants=network-online.target
       [Service]
-      ExecStart=gitlab-runner run-single -c /etc/gitlab-runner/config.toml -r {name} --max-builds {jobs} --wait-timeout {wait}
+      ExecStart=gitlab-runner run-single -c /etc/gitlab-runner/config.toml -r {name} --max-builds {jobs} --wait-timeout 0
       ExecStopPost=systemctl poweroff --no-block
       KillSignal=SIGQUIT
       TimeoutStopSec=infinity
@@ -120,41 +122,31 @@ runcmd:
 
 #[cfg(test)]
 mod tests {
-    use jiff::Timestamp;
     use proptest::prelude::*;
 
-    use super::super::record::Token;
     use super::*;
 
-    fn held() -> Held {
-        Held { record: 1, token: Token::new("glrt-secret".into()), issued: Timestamp::UNIX_EPOCH, expires: None }
-    }
-
-    fn machine(held: &Held) -> Machine<'_> {
-        Machine {
-            url: "https://gitlab.example.com",
-            held,
-            system_id: "r_0123456789ab",
-            name: "large-x2x4",
-            jobs: 1,
-            wait: None,
-        }
-    }
+    const MACHINE: Values<'static> = Values {
+        url: "https://gitlab.example.com",
+        token: "glrt-secret",
+        system_id: "r_0123456789ab",
+        name: "large-x2x4",
+        jobs: 1,
+    };
 
     #[test]
     fn a_template_gets_the_machines_values_and_nothing_else() {
-        let held = held();
         let text = "#!/bin/sh\nagent --token=$(VMPOD_RUNNER_TOKEN) --id '$(VMPOD_SYSTEM_ID)' $(date) $VMPOD_X\n";
-        let filled = fill(text, &machine(&held)).unwrap();
+        let filled = fill(text, &MACHINE).unwrap();
         assert_eq!(filled, "#!/bin/sh\nagent --token=glrt-secret --id 'r_0123456789ab' $(date) $VMPOD_X\n");
-        let error = fill("$(VMPOD_TOKEN)", &machine(&held)).unwrap_err();
+        assert_eq!(fill("$(VMPOD_GITLAB_URL)", &MACHINE), fill("$(VMPOD_PROVIDER_URL)", &MACHINE));
+        let error = fill("$(VMPOD_TOKEN)", &MACHINE).unwrap_err();
         assert!(error.to_string().contains("$(VMPOD_TOKEN)") && error.to_string().contains("$(VMPOD_RUNNER_TOKEN)"));
     }
 
     #[test]
     fn the_standard_one_is_cloud_config_that_runs_one_machines_jobs() {
-        let held = held();
-        let text = standard(&machine(&held));
+        let text = standard(&MACHINE);
         assert!(text.starts_with("#cloud-config\n"));
         insta::assert_snapshot!(text);
     }
@@ -169,10 +161,9 @@ mod tests {
 
         #[test]
         fn any_template_is_filled_or_refused(text in "[ -~\n]{0,80}", at in 0_usize..80) {
-            let held = held();
-            let at = at.min(text.len());
+                let at = at.min(text.len());
             let text = format!("{}$(VMPOD_{}", &text[..at], &text[at..]);
-            drop(fill(&text, &machine(&held)));
+            drop(fill(&text, &MACHINE));
         }
     }
 }

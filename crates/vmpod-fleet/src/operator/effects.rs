@@ -1,0 +1,219 @@
+//! What the operator does to single runners.
+
+use std::collections::BTreeSet;
+
+use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Pod, Secret};
+use kube::ResourceExt as _;
+use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use serde_json::json;
+use vmpod_api::pool::RunnerPool;
+use vmpod_api::runner::{Phase, Runner, RunnerStatus};
+
+use super::{AT_ONCE, Expected, GHOST, Kept, MANAGER, Operator, Part, gone, label, machine_id, made, namespace};
+use crate::provider::{Machine, Seen as Job};
+use crate::{life, objects};
+
+impl Part {
+    fn find(&self, name: &str) -> Option<&(std::sync::Arc<Runner>, Option<std::sync::Arc<Pod>>)> {
+        // They are in the order of their names.
+        let at = self.runners.binary_search_by(|(runner, _)| runner.metadata.name.as_deref().cmp(&Some(name)));
+        at.ok().map(|at| &self.runners[at])
+    }
+}
+
+/// One of many things to do at once.
+pub(super) type Effect<'a, T> = BoxFuture<'a, Result<T, kube::Error>>;
+
+/// Does many things, several at a time. All are tried; the first error is told.
+pub(super) async fn all<T>(effects: Vec<Effect<'_, T>>) -> (Vec<T>, Result<(), kube::Error>) {
+    let (mut done, mut first) = (Vec::with_capacity(effects.len()), Ok(()));
+    let mut running = futures::stream::iter(effects).buffer_unordered(AT_ONCE);
+    while let Some(result) = running.next().await {
+        match result {
+            Ok(value) => done.push(value),
+            Err(error) => first = first.and(Err(error)),
+        }
+    }
+    (done, first)
+}
+
+impl Operator {
+    /// Makes runners at placements. Each is an object before it is a machine.
+    pub(super) async fn create(
+        &self,
+        pool: &RunnerPool,
+        kept: &mut Kept,
+        placements: &[String],
+        now: Timestamp,
+    ) -> Result<(), kube::Error> {
+        let runners: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(pool));
+        let runners = &runners;
+        let one = |placement: &String| -> Effect<'_, (String, String)> {
+            let placement = placement.clone();
+            Box::pin(async move {
+                let runner = runners.create(&PostParams::default(), &objects::runner(pool, &placement)).await?;
+                tracing::info!(runner = runner.name_any(), placement, "a runner is made");
+                Ok((runner.name_any(), placement))
+            })
+        };
+        let (made, result) = all(placements.iter().map(one).collect()).await;
+        for (name, placement) in made {
+            self.options.metrics.created(&label(pool), &placement);
+            kept.expected.insert(name, Expected { at: now, placement });
+        }
+        result
+    }
+
+    /// Gives runners that have none their Secret and their machine.
+    pub(super) async fn equip(&self, part: &Part, kept: &Kept) -> Result<(), kube::Error> {
+        let (Some(keep), Some(provider)) = (&kept.keep, &kept.provider) else { return Ok(()) };
+        let pool = part.pool.as_ref();
+        let bare = part.runners.iter().filter(|(runner, pod)| {
+            let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
+            pod.is_none() && phase == Phase::Pending && runner.metadata.deletion_timestamp.is_none()
+        });
+        let secrets: Api<Secret> = Api::namespaced(self.options.client.clone(), &namespace(pool));
+        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(pool));
+        let mut effects: Vec<Effect<'_, ()>> = Vec::new();
+        for (runner, _) in bare {
+            let (name, id) = (runner.name_any(), machine_id(provider.as_ref(), runner));
+            let machine = Machine { id: &id, name: &name, jobs: pool.spec.jobs_per_runner };
+            let data = provider.user_data(keep, pool.spec.user_data.as_deref(), machine);
+            let (secrets, pods) = (&secrets, &pods);
+            effects.push(Box::pin(async move {
+                match data {
+                    Ok(data) => {
+                        // Whatever an operator before this one put there: its token may be gone since.
+                        let (secret, apply) = (objects::secret(runner, data), PatchParams::apply(MANAGER).force());
+                        secrets.patch(&runner.name_any(), &apply, &Patch::Apply(&secret)).await?;
+                        made(pods.create(&PostParams::default(), &objects::pod(pool, runner, keep)).await)
+                    }
+                    Err(trouble) => {
+                        let message = Some(trouble.why);
+                        let status = RunnerStatus { phase: Phase::Failed, message, ..RunnerStatus::default() };
+                        self.write_status(runner, &status).await;
+                        Ok(())
+                    }
+                }
+            }));
+        }
+        all(effects).await.1
+    }
+
+    /// Asks runners to go.
+    pub(super) async fn drain(
+        &self,
+        part: &Part,
+        kept: &Kept,
+        names: &[String],
+        now: Timestamp,
+    ) -> Result<(), kube::Error> {
+        let one = |name| -> Effect<'_, ()> { Box::pin(self.drain_one(part, kept, name, now)) };
+        all(names.iter().map(String::as_str).map(one).collect()).await.1
+    }
+
+    /// One that is idle is looked at once more: a job may have come.
+    async fn drain_one(&self, part: &Part, kept: &Kept, name: &str, now: Timestamp) -> Result<(), kube::Error> {
+        let Some((runner, pod)) = part.find(name) else { return Ok(()) };
+        let busy = match (&kept.keep, &kept.provider) {
+            (Some(keep), Some(provider)) => {
+                let machine = machine_id(provider.as_ref(), runner);
+                provider.is_busy(keep, &machine, now).await.map_err(|trouble| trouble.why)
+            }
+            _ => Err("the pool's registration isn't known yet".to_owned()),
+        };
+        let up = objects::seen(pod.as_deref()) == life::Pod::Up;
+        let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
+        match busy {
+            Ok(false) => {}
+            Ok(true) => {
+                self.options.metrics.refused(&label(&part.pool));
+                return Ok(());
+            }
+            // One that never came up has no job, whoever can't be asked.
+            Err(_) if !up && matches!(phase, Phase::Pending | Phase::Starting) => {}
+            Err(why) => {
+                self.options.metrics.refused(&label(&part.pool));
+                tracing::debug!(runner = name, why, "not drained: nobody can say whether it has a job");
+                return Ok(());
+            }
+        }
+        // With the pod's own grace period: should a job have come in this instant, the guest ends after it. It is written down
+        // afterwards, so that an operator that dies in between asks again.
+        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(part.pool.as_ref()));
+        gone(pods.delete(name, &DeleteParams::default()).await)?;
+        tracing::info!(runner = name, "a runner is asked to go");
+        self.options.metrics.drained(&label(&part.pool));
+        let mut status = runner.status.clone().unwrap_or_default();
+        status.draining_since = Some(objects::whole_second(now).to_string());
+        self.write_status(runner, &status).await;
+        Ok(())
+    }
+
+    /// Removes runners that are over.
+    pub(super) async fn remove(
+        &self,
+        part: &Part,
+        kept: &Kept,
+        names: &[String],
+        now: Timestamp,
+    ) -> Result<(), kube::Error> {
+        let one = |name| -> Effect<'_, ()> { Box::pin(self.remove_one(part, kept, name, now)) };
+        all(names.iter().map(String::as_str).map(one).collect()).await.1
+    }
+
+    /// First from the CI system's list, so that nothing is left there.
+    async fn remove_one(&self, part: &Part, kept: &Kept, name: &str, now: Timestamp) -> Result<(), kube::Error> {
+        let Some((runner, _)) = part.find(name) else { return Ok(()) };
+        if let (Some(keep), Some(provider)) = (&kept.keep, &kept.provider)
+            && let Err(trouble) = provider.forget(keep, &machine_id(provider.as_ref(), runner), now).await
+        {
+            tracing::debug!(runner = name, why = trouble.why, "the CI system can't forget it now; trying again");
+            return Ok(());
+        }
+        let runners: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(part.pool.as_ref()));
+        let same = Preconditions { uid: runner.uid(), resource_version: None };
+        // In the background: its Secret and its Pod go with it.
+        gone(runners.delete(name, &DeleteParams { preconditions: Some(same), ..DeleteParams::background() }).await)?;
+        self.options.metrics.removed(&label(&part.pool));
+        Ok(())
+    }
+
+    /// Lets pods be evicted that were given enough time: their nodes are to be emptied.
+    pub(super) async fn release(&self, part: &Part, names: &[String]) -> Result<(), kube::Error> {
+        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(part.pool.as_ref()));
+        for name in names {
+            let held = part.find(name).and_then(|(_, pod)| pod.as_ref());
+            if held.is_none_or(|pod| pod.labels().contains_key(objects::EVICTABLE)) {
+                continue;
+            }
+            let patch = json!({"metadata": {"labels": {objects::EVICTABLE: "true"}}});
+            tracing::info!(runner = name, "its node has waited long enough: the runner may be evicted");
+            gone(pods.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await)?;
+        }
+        Ok(())
+    }
+
+    /// Removes machines from the CI system's list that no runner speaks of any more.
+    pub(super) async fn ghosts(&self, part: &Part, kept: &Kept, now: Timestamp) {
+        let (Some(keep), Some(provider), Some(Ok(machines))) = (&kept.keep, &kept.provider, &kept.machines) else {
+            return;
+        };
+        let known: BTreeSet<String> =
+            part.runners.iter().map(|(runner, _)| machine_id(provider.as_ref(), runner)).collect();
+        let silent = |job: &Job| !job.busy && job.contacted.is_some_and(|at| now.duration_since(at) > GHOST);
+        for (machine, _) in machines.iter().filter(|(id, job)| !known.contains(*id) && silent(job)) {
+            tracing::info!(
+                pool = super::key(part.pool.as_ref()),
+                machine,
+                "a machine that is long gone is removed from the CI system's list"
+            );
+            if let Err(trouble) = provider.forget(keep, machine, now).await {
+                tracing::debug!(machine, why = trouble.why, "it can't be removed now");
+            }
+        }
+    }
+}
