@@ -18,8 +18,7 @@ use vmpod_api::runner::Phase;
 use crate::provider::{Begun, Calls};
 
 /// Seconds that jobs wait and machines start: from a memory snapshot's fraction of one to a bad day's hour.
-const WAITS: [f64; 14] =
-    [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
+const WAITS: [f64; 14] = [0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0];
 /// Seconds that jobs take.
 const JOBS: [f64; 10] = [10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1200.0, 3600.0, 7200.0, 14400.0];
 /// Seconds that one look at everything takes.

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Node, Pod as KubePod, PodSpec, ResourceRequirements, Secret};
-use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
     Condition, LabelSelector, LabelSelectorRequirement, ObjectMeta, Time,
 };
@@ -302,7 +302,12 @@ mod tests {
         runner.metadata.name = Some("small-abcde".to_owned());
         runner.metadata.uid = Some("u2".to_owned());
         let secret = secret(&runner, "#cloud-config\n".to_owned());
-        insta::assert_json_snapshot!((&runner, secret, self::pod(&pool, &runner, &Keep::new("token".to_owned())), budget(&pool)));
+        insta::assert_json_snapshot!((
+            &runner,
+            secret,
+            self::pod(&pool, &runner, &Keep::new("token".to_owned())),
+            budget(&pool)
+        ));
     }
 
     #[test]

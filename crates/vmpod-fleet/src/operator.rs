@@ -123,6 +123,8 @@ struct Kept {
     asked: Option<Timestamp>,
     /// Runners that were made and may not be in the cache yet, since when.
     expected: BTreeMap<String, Expected>,
+    /// Runners that were made here and have no machine yet: nobody else can have done anything about them.
+    fresh: BTreeSet<String>,
     /// Failed runners that were counted.
     counted: BTreeSet<String>,
     /// Jobs up to this one were counted as begun; those that hadn't ended then.

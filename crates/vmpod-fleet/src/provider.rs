@@ -163,9 +163,8 @@ impl Secrets {
     /// A value that is a line of text, as tokens are.
     pub fn text(&self, reference: &SecretKey) -> Result<String, Trouble> {
         let text = std::str::from_utf8(self.get(reference)?);
-        let wrong = |_| {
-            Trouble::new(format!("the key {:?} of the Secret {:?} isn't text", reference.key, reference.name))
-        };
+        let wrong =
+            |_| Trouble::new(format!("the key {:?} of the Secret {:?} isn't text", reference.key, reference.name));
         text.map(|text| text.trim().to_owned()).map_err(wrong)
     }
 }
@@ -223,7 +222,8 @@ impl Providers for Standard {
 #[must_use]
 pub fn secrets(pool: &RunnerPool) -> Vec<&SecretKey> {
     let provider = &pool.spec.provider;
-    let gitlab = provider.gitlab.iter().flat_map(|gitlab| [Some(&gitlab.token_secret_ref), gitlab.ca_secret_ref.as_ref()]);
+    let gitlab =
+        provider.gitlab.iter().flat_map(|gitlab| [Some(&gitlab.token_secret_ref), gitlab.ca_secret_ref.as_ref()]);
     let http = provider.http.iter().flat_map(|http| {
         [http.token_secret_ref.as_ref(), http.runner_token_secret_ref.as_ref(), http.ca_secret_ref.as_ref()]
     });

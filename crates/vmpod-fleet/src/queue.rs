@@ -282,7 +282,8 @@ mod tests {
     #[test]
     fn an_answer_is_what_it_says() {
         let now = Timestamp::from_second(1000).unwrap();
-        let text = r#"{"pending": 2, "oldestSeconds": 1.5, "runners": {"a": "idle", "b": "busy", "c": "paused"}, "more": 1}"#;
+        let text =
+            r#"{"pending": 2, "oldestSeconds": 1.5, "runners": {"a": "idle", "b": "busy", "c": "paused"}, "more": 1}"#;
         let answer: Answer = serde_json::from_str(text).unwrap();
         let waiting = answer.waiting(now);
         assert_eq!((waiting.count, waiting.oldest.unwrap().as_millisecond()), (2, 998_500));

@@ -141,11 +141,8 @@ impl Stack {
         }
         let fleet = fleet.map(|(poll, metrics)| {
             let client = kube::Client::new(operator, "default");
-            let options = vmpod_fleet::Options {
-                poll,
-                metrics,
-                ..vmpod_fleet::Options::new(client, format!("vmpod-up-{name}"))
-            };
+            let options =
+                vmpod_fleet::Options { poll, metrics, ..vmpod_fleet::Options::new(client, format!("vmpod-up-{name}")) };
             Part::spawn("the fleet operator", |stop| {
                 Box::pin(async move { vmpod_fleet::run(options, stop).await.map_err(Into::into) })
             })

@@ -11,8 +11,8 @@ use crate::args;
 use crate::home::{Home, Role};
 use crate::image;
 use crate::interrupts::Interrupts;
-use crate::output::{self, Progress, Style, talk};
 use crate::metrics;
+use crate::output::{self, Progress, Style, talk};
 use crate::report::{Exit, Remedy};
 use crate::stack::{Plan, Stack};
 

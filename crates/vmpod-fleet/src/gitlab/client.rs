@@ -11,8 +11,8 @@ use reqwest::Url;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::limit::{Heard, Limit};
 use super::record::Token;
+use crate::limit::{Heard, Limit};
 use crate::provider::Calls;
 
 /// Why GitLab could not be asked, or what it said instead.

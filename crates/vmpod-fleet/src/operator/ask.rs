@@ -70,11 +70,19 @@ impl Operator {
         let asked = async {
             let provider = self.open(pool, now).await?;
             kept.provider = Some(provider.clone());
-            if pool.metadata.deletion_timestamp.is_none() {
+            if pool.metadata.deletion_timestamp.is_some() && kept.keep.is_none() {
+                let keep = self.keep(pool).await;
+                kept.keep = keep.map_err(|error| Trouble { why: chain(&error), retry: Some(now) })?;
+            }
+            // A pool that is to go registers nothing, unless it has machines and nobody could say which of them work.
+            let machines = || {
+                self.runners
+                    .state()
+                    .iter()
+                    .any(|runner| runner.spec.pool == pool.name_any() && runner.namespace() == pool.namespace())
+            };
+            if pool.metadata.deletion_timestamp.is_none() || (kept.keep.is_none() && machines()) {
                 self.register(pool, provider.as_ref(), kept, now).await?;
-            } else if kept.keep.is_none() {
-                // A pool that is to go registers nothing, and must know of the registration that it has.
-                kept.keep = self.keep(pool).await.map_err(|error| Trouble { why: chain(&error), retry: Some(now) })?;
             }
             Ok::<_, Trouble>(provider)
         };
@@ -131,8 +139,7 @@ impl Operator {
                 // That may pass, unlike a Secret that isn't there.
                 retry: Some(now),
             })?;
-            let secret =
-                secret.ok_or_else(|| Trouble::new(format!("there is no Secret {:?}", reference.name)))?;
+            let secret = secret.ok_or_else(|| Trouble::new(format!("there is no Secret {:?}", reference.name)))?;
             if let Some(value) = secret.data.and_then(|mut data| data.remove(&reference.key)) {
                 values.0.insert((reference.name.clone(), reference.key.clone()), value.0);
             }
@@ -157,11 +164,19 @@ impl Operator {
             // Without knowing what is kept, a second token would be made.
             kept.keep = self.keep(pool).await.map_err(|error| Trouble::new(chain(&error)))?;
         }
+        if kept.keep.is_none() {
+            // What the watch tells may be old, and a registration of a pool that is gone would be nobody's.
+            let pools: Api<RunnerPool> = Api::namespaced(self.options.client.clone(), &namespace(pool));
+            let there = pools.get_opt(&pool.name_any()).await.map_err(|error| Trouble::new(chain(&error)))?;
+            if there.is_none_or(|there| there.uid() != pool.uid()) {
+                return Err(Trouble::new("the pool is gone"));
+            }
+        }
         let registered = provider.register(kept.keep.as_ref(), now).await?;
         if kept.keep.as_ref() != Some(&registered.keep) {
-            self.write_keep(pool, &registered.keep).await.map_err(|error| {
-                Trouble::new(format!("the runner's token can't be kept: {}", chain(&error)))
-            })?;
+            self.write_keep(pool, &registered.keep)
+                .await
+                .map_err(|error| Trouble::new(format!("the runner's token can't be kept: {}", chain(&error))))?;
             kept.keep = Some(registered.keep);
         }
         kept.trouble = registered.trouble;

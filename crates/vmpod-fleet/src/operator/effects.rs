@@ -16,6 +16,12 @@ use super::{AT_ONCE, Expected, GHOST, Kept, MANAGER, Operator, Part, gone, label
 use crate::provider::{Machine, Seen as Job};
 use crate::{life, objects};
 
+/// Whether somebody has asked a runner to go.
+fn is_leaving(runner: &Runner) -> bool {
+    let status = runner.status.as_ref();
+    runner.metadata.deletion_timestamp.is_some() || status.is_some_and(|status| status.draining_since.is_some())
+}
+
 impl Part {
     fn find(&self, name: &str) -> Option<&(std::sync::Arc<Runner>, Option<std::sync::Arc<Pod>>)> {
         // They are in the order of their names.
@@ -62,19 +68,25 @@ impl Operator {
         let (made, result) = all(placements.iter().map(one).collect()).await;
         for (name, placement) in made {
             self.options.metrics.created(&label(pool), &placement);
+            kept.fresh.insert(name.clone());
             kept.expected.insert(name, Expected { at: now, placement });
         }
         result
     }
 
     /// Gives runners that have none their Secret and their machine.
-    pub(super) async fn equip(&self, part: &Part, kept: &Kept) -> Result<(), kube::Error> {
+    ///
+    /// One that somebody else may have asked to go is looked at anew first: what the watch tells may be old, and a machine that
+    /// is made again after it was asked to go would be asked by nobody.
+    pub(super) async fn equip(&self, part: &Part, kept: &mut Kept, leaving: &[String]) -> Result<(), kube::Error> {
         let (Some(keep), Some(provider)) = (&kept.keep, &kept.provider) else { return Ok(()) };
         let pool = part.pool.as_ref();
         let bare = part.runners.iter().filter(|(runner, pod)| {
             let phase = runner.status.as_ref().map_or(Phase::Pending, |status| status.phase);
-            pod.is_none() && phase == Phase::Pending && runner.metadata.deletion_timestamp.is_none()
+            let stays = !is_leaving(runner) && !leaving.contains(&runner.name_any());
+            pod.is_none() && phase == Phase::Pending && stays
         });
+        let runners: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(pool));
         let secrets: Api<Secret> = Api::namespaced(self.options.client.clone(), &namespace(pool));
         let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(pool));
         let mut effects: Vec<Effect<'_, ()>> = Vec::new();
@@ -82,8 +94,15 @@ impl Operator {
             let (name, id) = (runner.name_any(), machine_id(provider.as_ref(), runner));
             let machine = Machine { id: &id, name: &name, jobs: pool.spec.jobs_per_runner };
             let data = provider.user_data(keep, pool.spec.user_data.as_deref(), machine);
-            let (secrets, pods) = (&secrets, &pods);
+            let (secrets, pods, runners) = (&secrets, &pods, &runners);
+            let fresh = kept.fresh.contains(&name);
             effects.push(Box::pin(async move {
+                if !fresh {
+                    let now = runners.get_opt(&runner.name_any()).await?;
+                    if now.is_none_or(|now| is_leaving(&now) || now.uid() != runner.uid()) {
+                        return Ok(());
+                    }
+                }
                 match data {
                     Ok(data) => {
                         // Whatever an operator before this one put there: its token may be gone since.
@@ -100,7 +119,22 @@ impl Operator {
                 }
             }));
         }
-        all(effects).await.1
+        let (_, result) = all(effects).await;
+        for (runner, _) in &part.runners {
+            kept.fresh.remove(&runner.name_any());
+        }
+        result
+    }
+
+    /// Asks those to go that were asked before and whose machines don't seem to have heard it.
+    pub(super) async fn drain_again(&self, part: &Part, kept: &Kept, now: Timestamp) -> Result<(), kube::Error> {
+        let deaf = part.runners.iter().filter(|(runner, pod)| {
+            let status = runner.status.as_ref();
+            let asked = status.is_some_and(|status| status.draining_since.is_some() && !status.phase.is_over());
+            asked && pod.as_ref().is_some_and(|pod| pod.metadata.deletion_timestamp.is_none())
+        });
+        let names: Vec<String> = deaf.map(|(runner, _)| runner.name_any()).collect();
+        self.drain(part, kept, &names, now).await
     }
 
     /// Asks runners to go.
@@ -148,6 +182,9 @@ impl Operator {
         tracing::info!(runner = name, "a runner is asked to go");
         self.options.metrics.drained(&label(&part.pool));
         let mut status = runner.status.clone().unwrap_or_default();
+        if status.draining_since.is_some() {
+            return Ok(());
+        }
         status.draining_since = Some(objects::whole_second(now).to_string());
         self.write_status(runner, &status).await;
         Ok(())

@@ -12,8 +12,8 @@ use vmpod_api::runner::{Phase, Runner};
 
 use super::{Kept, MANAGER, Operator, Part, demand, gone, key, namespace, schedule};
 use crate::metrics::{Look, PHASES};
-use crate::plan::{self, Observed, Plan};
 use crate::objects;
+use crate::plan::{self, Observed, Plan};
 
 impl Operator {
     /// Brings one pool nearer to what it should be. What there is to show of it, unless it is about to go.
@@ -36,9 +36,13 @@ impl Operator {
         let template = objects::template(&pool.spec);
         let observed = Observed { runners, demand: demand(kept), template: &template, share };
         let plan = plan::plan(&pool.spec, &observed, &mut kept.memory, now);
-        self.equip(part, kept).await?;
+        self.equip(part, kept, &plan.drain).await?;
         self.remove(part, kept, &plan.remove, now).await?;
+        for name in &plan.drain {
+            kept.fresh.remove(name);
+        }
         self.drain(part, kept, &plan.drain, now).await?;
+        self.drain_again(part, kept, now).await?;
         self.release(part, &plan.release).await?;
         // Without a registration there is nothing that a machine could do.
         if kept.keep.is_some() {
@@ -58,13 +62,16 @@ impl Operator {
         }
         let budgets: Api<PodDisruptionBudget> = Api::namespaced(self.options.client.clone(), &namespace(pool));
         let budget = objects::budget(pool);
-        let done = budgets
-            .patch(&budget.name_any(), &PatchParams::apply(MANAGER).force(), &Patch::Apply(&budget))
-            .await;
+        let done =
+            budgets.patch(&budget.name_any(), &PatchParams::apply(MANAGER).force(), &Patch::Apply(&budget)).await;
         match done {
             // Whoever gave this operator its rights didn't give it this one, or the API has none: the rest works without.
             Err(kube::Error::Api(status)) if status.code == 403 || status.code == 404 => {
-                tracing::warn!(pool = key(pool), why = status.message, "the pool's machines aren't protected from eviction");
+                tracing::warn!(
+                    pool = key(pool),
+                    why = status.message,
+                    "the pool's machines aren't protected from eviction"
+                );
             }
             done => drop(done?),
         }
@@ -86,12 +93,13 @@ impl Operator {
         }
         let over: Vec<String> =
             runners.iter().filter(|runner| runner.phase.is_over()).map(|runner| runner.name.clone()).collect();
-        let free = runners.iter().filter(|runner| {
-            !runner.phase.is_over() && runner.phase != Phase::Busy && runner.draining.is_none()
-        });
+        let free = runners
+            .iter()
+            .filter(|runner| !runner.phase.is_over() && runner.phase != Phase::Busy && runner.draining.is_none());
         let free: Vec<String> = free.map(|runner| runner.name.clone()).collect();
         self.remove(part, kept, &over, now).await?;
         self.drain(part, kept, &free, now).await?;
+        self.drain_again(part, kept, now).await?;
         // Not from the cache: a runner that was made a moment ago counts.
         let api: Api<Runner> = Api::namespaced(self.options.client.clone(), &namespace(pool));
         let label = format!("{}={}", objects::POOL, pool.name_any());

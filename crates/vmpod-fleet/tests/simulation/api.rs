@@ -67,8 +67,7 @@ async fn serve(
     let (parts, body) = request.into_parts();
     let body = body.collect().await.map_err(std::io::Error::other)?.to_bytes();
     let body: Value = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
-    let query: Vec<(String, String)> =
-        form(parts.uri.query().unwrap_or_default());
+    let query: Vec<(String, String)> = form(parts.uri.query().unwrap_or_default());
     let of = |name: &str| query.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
     let target = target(parts.uri.path());
     let fate = world.with(|world| world.fate(operator, parts.method != Method::GET));
@@ -107,7 +106,14 @@ fn form(text: &str) -> Vec<(String, String)> {
 
 type Done = Result<(StatusCode, Value), (u16, &'static str)>;
 
-fn act(world: &mut World, method: &Method, target: &Target, selector: Option<&str>, content: &str, body: Value) -> Done {
+fn act(
+    world: &mut World,
+    method: &Method,
+    target: &Target,
+    selector: Option<&str>,
+    content: &str,
+    body: Value,
+) -> Done {
     let namespace = target.namespace.clone().unwrap_or_default();
     match (method, &target.name) {
         (&Method::GET, None) => Ok((StatusCode::OK, world.list(target.kind, target.namespace.as_deref(), selector))),

@@ -22,7 +22,7 @@ use world::{Shared, World};
 /// How long there is trouble, in seconds.
 const TROUBLE: u64 = 1200;
 /// How long the jobs that wait then may take, at most.
-const LONGEST: u64 = 4000;
+const LONGEST: u64 = 6000;
 /// How long everything has to come to rest after the last of them: the promise is two minutes.
 const REST: u64 = 120;
 
@@ -99,7 +99,7 @@ fn no_job_is_ended_and_nothing_is_left_whatever_goes_wrong() {
     if let Some(seed) = number("VMPOD_SIMULATION_SEED") {
         return run(seed);
     }
-    let seeds = number("VMPOD_SIMULATION_SEEDS").unwrap_or(60);
+    let seeds = number("VMPOD_SIMULATION_SEEDS").unwrap_or(40);
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..2)

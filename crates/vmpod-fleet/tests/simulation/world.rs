@@ -262,6 +262,13 @@ impl World {
             value["metadata"]["namespace"] = json!(namespace);
         }
         value["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        if let Some(plain) = value.get("stringData").and_then(Value::as_object).cloned() {
+            for (key, text) in plain {
+                let bytes = k8s_openapi::ByteString(text.as_str().unwrap_or_default().as_bytes().to_vec());
+                value["data"][key] = json!(bytes);
+            }
+            value.as_object_mut().unwrap().remove("stringData");
+        }
         if value["metadata"].get("uid").is_none() {
             self.made += 1;
             value["metadata"]["uid"] = json!(format!("{:012}", self.made));
@@ -571,9 +578,13 @@ impl World {
             Some(node) => {
                 pod["spec"]["nodeName"] = node;
                 let secret = self.get(Kind::Secret, &namespace, &name);
-                let data = secret.as_ref().and_then(|secret| secret["stringData"]["userdata"].as_str()).unwrap_or_default();
+                let data = secret.map(|secret| secret["data"]["userdata"].clone()).unwrap_or_default();
+                let data: k8s_openapi::ByteString = serde_json::from_value(data).unwrap_or_default();
+                let data = String::from_utf8(data.0).unwrap();
                 let words: Vec<String> = data.split(' ').map(str::to_owned).collect();
-                let [pool, machine, jobs, token] = &words[..] else { self.fail(&format!("Pod {name} has no user data")) };
+                let [pool, machine, jobs, token] = &words[..] else {
+                    self.fail(&format!("Pod {name} has no user data"))
+                };
                 let ready = 3 + self.below(40);
                 let registers = ready + 1 + self.below(10);
                 let later = |seconds: u64| self.now().checked_add(Duration::from_secs(seconds)).unwrap();
@@ -674,7 +685,7 @@ impl World {
                 let job = self.waiting.get_mut(&guest.pool).and_then(VecDeque::pop_front);
                 if let Some((job, _)) = job {
                     listed.busy_since = Some(now);
-                    let took = 5 + self.below(180);
+                    let took = 5 + self.below(120);
                     guest.job = Some((job, now, now.checked_add(Duration::from_secs(took)).unwrap()));
                     self.say(&format!("job {job} begins on {}", guest.machine));
                 }
@@ -706,12 +717,11 @@ impl World {
     }
 
     fn pools(&self) -> Vec<(String, String)> {
-        let pools = self.objects.iter().filter(|((kind, ..), value)| {
-            *kind == Kind::Pool && value["metadata"]["deletionTimestamp"].is_null()
-        });
-        pools
-            .map(|((_, _, name), pool)| (name.clone(), pool["metadata"]["uid"].as_str().unwrap().to_owned()))
-            .collect()
+        let pools = self
+            .objects
+            .iter()
+            .filter(|((kind, ..), value)| *kind == Kind::Pool && value["metadata"]["deletionTimestamp"].is_null());
+        pools.map(|((_, _, name), pool)| (name.clone(), pool["metadata"]["uid"].as_str().unwrap().to_owned())).collect()
     }
 
     fn change(&mut self, kind: Kind, namespace: &str, name: &str, patch: Value) {
@@ -736,7 +746,7 @@ impl World {
             let version = self.below(1000);
             let patch = match self.below(4) {
                 0 | 1 => json!({"spec": {"image": format!("debian:{version}")}}),
-                2 => json!({"spec": {"scale": {"max": 2 + self.below(5)}}}),
+                2 => json!({"spec": {"scale": {"max": 3 + self.below(4)}}}),
                 _ => json!({"spec": {"scale": {"idle": self.below(3)}}}),
             };
             self.change(Kind::Pool, "ci", &name, patch);
@@ -782,7 +792,8 @@ impl World {
 
     /// Whether any job still waits or runs.
     pub(crate) fn works(&self) -> bool {
-        self.waiting.values().any(|waiting| !waiting.is_empty()) || self.guests.values().any(|guest| guest.job.is_some())
+        self.waiting.values().any(|waiting| !waiting.is_empty())
+            || self.guests.values().any(|guest| guest.job.is_some())
     }
 
     /// Everything has come to rest.
@@ -837,7 +848,12 @@ impl World {
     pub(crate) fn nothing_left(&self) {
         for kind in [Kind::Pool, Kind::Runner, Kind::Pod, Kind::Secret, Kind::Budget] {
             if let Some((name, _)) = self.of_kind(kind).first() {
-                self.fail(&format!("{kind:?} {name} is left"));
+                let all: Vec<String> = [Kind::Pool, Kind::Runner, Kind::Pod]
+                    .into_iter()
+                    .flat_map(|kind| self.of_kind(kind))
+                    .map(|(_, value)| value.to_string())
+                    .collect();
+                self.fail(&format!("{kind:?} {name} is left:\n{}", all.join("\n")));
             }
         }
         if !self.registrations.is_empty() {
