@@ -17,6 +17,7 @@ pub mod leaks;
 pub mod patience;
 pub mod pods;
 pub mod prerequisites;
+pub mod queue;
 pub mod registry;
 pub mod up;
 

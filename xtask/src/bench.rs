@@ -4,6 +4,7 @@
 //! is measured in the same run, in turns, so that a busy machine is busy for both.
 
 mod api;
+mod fleet_burst;
 mod fleet_month;
 mod image;
 mod pod_start;
@@ -23,6 +24,8 @@ pub(crate) enum Name {
     PodStart,
     /// Pull, push, delta and clone of a disk image, over skopeo and oras
     Image,
+    /// From nothing to a thousand runners on simulated nodes, and the operator's memory with ten thousand
+    FleetBurst,
     /// A simulated month of CI jobs: waits and machine-hours, over a rule of utilization for each flavour
     FleetMonth,
     /// Durable creates over etcd's puts, a long list, watch fan-out, memory
@@ -34,6 +37,7 @@ pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path
     match name {
         Name::PodStart => pod_start::run(quick, program, root),
         Name::Image => image::run(quick, program, root),
+        Name::FleetBurst => fleet_burst::run(quick, program, root),
         Name::FleetMonth => fleet_month::run(quick, root),
         Name::Api => api::run(quick, program, root),
     }

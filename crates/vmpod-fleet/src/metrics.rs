@@ -46,14 +46,14 @@ pub struct Pool {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Status {
+struct OfStatus {
     namespace: String,
     pool: String,
     status: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Step {
+struct OfStep {
     namespace: String,
     pool: String,
     step: &'static str,
@@ -74,7 +74,7 @@ struct At {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Condition {
+struct OfCondition {
     namespace: String,
     pool: String,
     condition: &'static str,
@@ -114,10 +114,10 @@ type Made<T> = Family<T, Histogram, fn() -> Histogram>;
 type Number<T> = Family<T, Gauge<f64, AtomicU64>>;
 
 struct Counted {
-    jobs: Family<Status, Counter>,
+    jobs: Family<OfStatus, Counter>,
     waits: Made<Pool>,
     durations: Made<Pool>,
-    starts: Made<Step>,
+    starts: Made<OfStep>,
     created: Family<At, Counter>,
     drained: Family<Pool, Counter>,
     failed: Family<Pool, Counter>,
@@ -137,7 +137,7 @@ struct Shown {
     share: Number<Pool>,
     pending: Number<Pool>,
     oldest: Number<Pool>,
-    conditions: Number<Condition>,
+    conditions: Number<OfCondition>,
     calls: Family<Outcome, Counter>,
 }
 
@@ -288,7 +288,7 @@ impl Metrics {
         }
         for (condition, holds, reason) in &look.conditions {
             let Pool { namespace, pool } = of.clone();
-            let labels = Condition { namespace, pool, condition, reason: reason.clone() };
+            let labels = OfCondition { namespace, pool, condition, reason: reason.clone() };
             shown.conditions.get_or_create(&labels).set(f64::from(u8::from(*holds)));
         }
     }
@@ -304,10 +304,10 @@ impl Metrics {
         }
         for status in ["success", "failed", "canceled", "other"] {
             let (namespace, pool) = (namespace.clone(), pool.clone());
-            counted.jobs.remove(&Status { namespace, pool, status: status.to_owned() });
+            counted.jobs.remove(&OfStatus { namespace, pool, status: status.to_owned() });
         }
         for step in STEPS {
-            counted.starts.remove(&Step { namespace: namespace.clone(), pool: pool.clone(), step });
+            counted.starts.remove(&OfStep { namespace: namespace.clone(), pool: pool.clone(), step });
         }
         for placement in &look.all_placements {
             let (namespace, pool, placement) = (namespace.clone(), pool.clone(), placement.clone());
@@ -328,13 +328,13 @@ impl Metrics {
         let counted = &self.0.counted;
         counted.durations.get_or_create(pool).observe(took.as_secs_f64());
         let Pool { namespace, pool } = pool.clone();
-        counted.jobs.get_or_create(&Status { namespace, pool, status: status.to_owned() }).inc();
+        counted.jobs.get_or_create(&OfStatus { namespace, pool, status: status.to_owned() }).inc();
     }
 
     /// A runner left a phase after so long.
     pub(crate) fn started(&self, pool: &Pool, step: &'static str, took: f64) {
         let Pool { namespace, pool } = pool.clone();
-        self.0.counted.starts.get_or_create(&Step { namespace, pool, step }).observe(took.max(0.0));
+        self.0.counted.starts.get_or_create(&OfStep { namespace, pool, step }).observe(took.max(0.0));
     }
 
     pub(crate) fn created(&self, pool: &Pool, placement: &str) {
@@ -407,7 +407,7 @@ mod tests {
             metrics.started(pool, "machine", 3.0);
             let waited = Some(Duration::from_secs(3));
             metrics.jobs(pool, &[Begun { id: 1, waited, ended: None }]);
-            metrics.job_ended(pool, Duration::from_secs(60), "success");
+            metrics.job_ended(pool, Duration::from_mins(1), "success");
         }
         insta::assert_snapshot!(metrics.render());
         metrics.looks(vec![(small, look)], []);

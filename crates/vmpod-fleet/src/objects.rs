@@ -305,7 +305,7 @@ mod tests {
         insta::assert_json_snapshot!((
             &runner,
             secret,
-            self::pod(&pool, &runner, &Keep::new("token".to_owned())),
+            pod(&pool, &runner, &Keep::new("token".to_owned())),
             budget(&pool)
         ));
     }

@@ -13,8 +13,13 @@ const START: Duration = Duration::from_mins(5);
 
 /// Starts `vmpod up` with a home and waits until it says that it is ready.
 pub(super) fn up(program: &Path, home: &Path, log: &Path) -> Result<Owned> {
+    up_with(program, home, log, &[])
+}
+
+/// The same, with more arguments.
+pub(super) fn up_with(program: &Path, home: &Path, log: &Path, more: &[&str]) -> Result<Owned> {
     let mut command = Command::new(program);
-    command.arg("--home").arg(home).args(["up", "--api-port", "0", "--kubelet-port", "0"]);
+    command.arg("--home").arg(home).args(["up", "--api-port", "0", "--kubelet-port", "0"]).args(more);
     let mut up = Owned::start(&mut command, log)?;
     let until = Instant::now() + START;
     while !home.join("kubeconfig").exists() || !ready_line(log) {

@@ -141,7 +141,7 @@ fn watch(world: &Shared, kind: Kind, selector: Option<&str>, from: u64) -> Answe
     let selected = selector.map(str::to_owned);
     tokio::spawn(async move {
         let mut at = from;
-        let mut changed = world.with(|world| world.subscribe());
+        let mut changed = world.with(World::subscribe);
         loop {
             let (lines, pause, ends) = world.with(|world| world.since(kind, selected.as_deref(), &mut at));
             if !lines.is_empty() {

@@ -38,7 +38,7 @@ struct Pool {
 impl Pool {
     /// A call: it may fail before or after its effect.
     async fn call<T>(&self, work: impl FnOnce(&mut World) -> T) -> Result<T, Trouble> {
-        let fate = self.world.with(|world| world.ci_fate());
+        let fate = self.world.with(World::ci_fate);
         sleep(fate.before).await;
         if fate.lost_before {
             return Err(Trouble::new("the simulated CI system doesn't answer"));

@@ -337,13 +337,11 @@ impl World {
     }
 
     pub(crate) fn create(&mut self, kind: Kind, namespace: &str, mut value: Value) -> Result<Value, Refused> {
-        let name = match value["metadata"]["name"].as_str().filter(|name| !name.is_empty()) {
-            Some(name) => name.to_owned(),
-            None => {
-                let prefix = value["metadata"]["generateName"].as_str().unwrap_or_default().to_owned();
-                format!("{prefix}{:05x}", self.below(1 << 20))
-            }
-        };
+        let given = value["metadata"]["name"].as_str().filter(|name| !name.is_empty()).map(str::to_owned);
+        let name = given.unwrap_or_else(|| {
+            let prefix = value["metadata"]["generateName"].as_str().unwrap_or_default();
+            format!("{prefix}{:05x}", self.below(1 << 20))
+        });
         if self.get(kind, namespace, &name).is_some() {
             return Err((409, "AlreadyExists"));
         }
