@@ -30,6 +30,8 @@ struct Prometheus {
 
 impl Prometheus {
     fn start(target: &str) -> Result<Self> {
+        // Another test of this process may have been faster.
+        drop(rustls::crypto::ring::default_provider().install_default());
         let program = prerequisites::program("prometheus", "prometheus")?;
         let dir = tempfile::tempdir_in(prerequisites::scratch()?)?;
         let rules = prerequisites::repository().join("deploy/prometheus/fleet.rules.yml");
@@ -83,6 +85,7 @@ async fn pool(up: &Up, queue: &Queue) -> Result<()> {
             "image": "tiny",
             "resources": {"cpu": "500m", "memory": "192Mi"},
             "userData": queue.user_data(10),
+            "placements": [{"name": "here"}],
             "scale": {"max": 2, "scaleDownSeconds": 0},
             "rollout": {"drainSeconds": 60},
         },
@@ -142,8 +145,6 @@ async fn a_plain_queue_gets_machines_and_prometheus_sees_them() -> Result<()> {
     .await?;
 
     // What the rules and the dashboard speak of is there under those names, and every expression is one.
-    let names = prometheus.ask("label/__name__/values", &[]).await?;
-    let names: BTreeSet<&str> = names.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     let dashboard = std::fs::read_to_string(prerequisites::repository().join("deploy/grafana/fleet.json"))?;
     let dashboard: Value = serde_json::from_str(&dashboard)?;
     let panels = dashboard["panels"].as_array().context("a dashboard has panels")?;
@@ -168,10 +169,17 @@ async fn a_plain_queue_gets_machines_and_prometheus_sees_them() -> Result<()> {
         ["vmpod_fleet_runners_failed_total", "vmpod_fleet_runners_drained_total", "vmpod_fleet_drains_refused_total"];
     let all = expressions.join("\n") + &rules;
     let spoken = all.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'));
-    for name in spoken.filter(|word| word.starts_with("vmpod_fleet_")) {
-        let known = names.contains(name) || of_gitlab.contains(&name) || rare.contains(&name);
-        ensure!(known, "{name} isn't among what Prometheus found: {names:?}");
-    }
+    let spoken: BTreeSet<&str> = spoken.filter(|word| word.starts_with("vmpod_fleet_")).collect();
+    eventually_within(Duration::from_secs(20), "Prometheus has seen all of it", || async {
+        let names = prometheus.ask("label/__name__/values", &[]).await?;
+        let names: BTreeSet<&str> = names.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        for name in &spoken {
+            let known = names.contains(name) || of_gitlab.contains(name) || rare.contains(name);
+            ensure!(known, "{name} isn't among what Prometheus found: {names:?}");
+        }
+        Ok(())
+    })
+    .await?;
     let made = prometheus.ask("query", &[("query", "vmpod_fleet_runners_created_total{pool=\"plain\"}")]).await?;
     ensure!(made["result"][0]["value"][1] == "2", "{made}");
     let steps =

@@ -365,10 +365,13 @@ const STEPS: [&str; 3] = ["placed", "machine", "registered"];
 /// Which step of its start a runner has just finished, if it has.
 #[must_use]
 pub fn step(before: Phase, after: Phase) -> Option<&'static str> {
-    match (before, after) {
-        (Phase::Pending, Phase::Starting) => Some(STEPS[0]),
-        (Phase::Starting, Phase::Provisioning) => Some(STEPS[1]),
-        (Phase::Provisioning, Phase::Idle | Phase::Busy) => Some(STEPS[2]),
+    let on = |phase: Phase| matches!(phase, Phase::Starting | Phase::Provisioning | Phase::Idle | Phase::Busy);
+    // Whoever skips a phase, because a machine was known to the CI system before it was known to be up, did it in the one before.
+    match before {
+        _ if before == after || !on(after) => None,
+        Phase::Pending => Some(STEPS[0]),
+        Phase::Starting => Some(STEPS[1]),
+        Phase::Provisioning => Some(STEPS[2]),
         _ => None,
     }
 }
@@ -379,6 +382,22 @@ mod tests {
 
     fn pool(name: &str) -> Pool {
         Pool { namespace: "ci".to_owned(), pool: name.to_owned() }
+    }
+
+    #[test]
+    fn a_start_has_three_steps_and_may_skip_the_last() {
+        let steps = [
+            (Phase::Pending, Phase::Starting),
+            (Phase::Starting, Phase::Provisioning),
+            (Phase::Provisioning, Phase::Idle),
+        ];
+        assert_eq!(steps.map(|(before, after)| step(before, after)), STEPS.map(Some));
+        assert_eq!(step(Phase::Starting, Phase::Busy), Some("machine"));
+        for (before, after) in
+            [(Phase::Idle, Phase::Busy), (Phase::Starting, Phase::Failed), (Phase::Pending, Phase::Pending)]
+        {
+            assert_eq!(step(before, after), None, "{before:?} to {after:?}");
+        }
     }
 
     #[test]
