@@ -12,7 +12,7 @@ use tokio::process::Command;
 #[tokio::test]
 async fn the_rules_are_what_they_should_be() -> Result<()> {
     let promtool = prerequisites::program("promtool", "prometheus")?;
-    let dir = prerequisites::repository().join("deploy/prometheus");
+    let dir = prerequisites::repository().join("charts/vmpod/files");
     for args in [["check", "rules", "fleet.rules.yml"], ["test", "rules", "fleet.test.yml"]] {
         let out = Command::new(&promtool).args(args).current_dir(&dir).output().await?;
         let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
@@ -34,7 +34,7 @@ impl Prometheus {
         drop(rustls::crypto::ring::default_provider().install_default());
         let program = prerequisites::program("prometheus", "prometheus")?;
         let dir = tempfile::tempdir_in(prerequisites::scratch()?)?;
-        let rules = prerequisites::repository().join("deploy/prometheus/fleet.rules.yml");
+        let rules = prerequisites::repository().join("charts/vmpod/files/fleet.rules.yml");
         let config = json!({
             "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
             "rule_files": [rules],
@@ -145,10 +145,10 @@ async fn a_plain_queue_gets_machines_and_prometheus_sees_them() -> Result<()> {
     .await?;
 
     // What the rules and the dashboard speak of is there under those names, and every expression is one.
-    let dashboard = std::fs::read_to_string(prerequisites::repository().join("deploy/grafana/fleet.json"))?;
+    let dashboard = std::fs::read_to_string(prerequisites::repository().join("charts/vmpod/files/fleet.json"))?;
     let dashboard: Value = serde_json::from_str(&dashboard)?;
     let panels = dashboard["panels"].as_array().context("a dashboard has panels")?;
-    let rules = std::fs::read_to_string(prerequisites::repository().join("deploy/prometheus/fleet.rules.yml"))?;
+    let rules = std::fs::read_to_string(prerequisites::repository().join("charts/vmpod/files/fleet.rules.yml"))?;
     let mut expressions: Vec<String> = Vec::new();
     for target in panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten()) {
         let text = target["expr"].as_str().context("a target has an expression")?;

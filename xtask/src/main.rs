@@ -6,6 +6,7 @@ mod tidy;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -19,6 +20,8 @@ struct Arguments {
 enum Task {
     /// Check what compilers do not: crate directions, file sizes, links, words
     Tidy,
+    /// Write the definitions of vmpod's kinds into the Helm chart
+    Crds,
     /// Measure one thing and print a table and, as the last line, one JSON object
     Bench {
         /// Which benchmark
@@ -35,6 +38,7 @@ enum Task {
 fn main() -> ExitCode {
     let outcome = match Arguments::parse().task {
         Task::Tidy => tidy::run(&root()),
+        Task::Crds => crds(&root()),
         Task::Bench { name, quick, program } => bench::run(name, quick, program, &root()),
     };
     match outcome {
@@ -44,6 +48,16 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Writes what the Helm chart says of vmpod's kinds.
+fn crds(root: &Path) -> anyhow::Result<()> {
+    for definition in vmpod_api::definitions() {
+        let path = root.join("charts/vmpod/crds").join(format!("{}.json", definition.spec.names.plural));
+        let text = serde_json::to_string_pretty(&definition)?;
+        std::fs::write(&path, text + "\n").with_context(|| format!("can't write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 /// The repository's top folder.

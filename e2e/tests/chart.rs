@@ -1,0 +1,189 @@
+//! The Helm chart: what it renders, what real helm makes of it, and that the operator gets by with the rights that it gives.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use e2e::queue::{Queue, RUNNER_TOKEN, TOKEN};
+use e2e::{Home, Ran, eventually_within, prerequisites, run};
+use kube::ResourceExt as _;
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+fn chart() -> PathBuf {
+    prerequisites::repository().join("charts/vmpod")
+}
+
+async fn helm(args: &[&str]) -> Result<Ran> {
+    let mut command = Command::new(prerequisites::helm()?);
+    // What helm keeps is nobody's business here.
+    let scratch = prerequisites::scratch()?;
+    command.args(args).env("HOME", &scratch);
+    run(command, None, Duration::from_mins(2)).await
+}
+
+const EVERYTHING: [&str; 8] = [
+    "--set=image=registry.example.com/vmpod:1",
+    "--set=serviceMonitor.create=true,prometheusRule.create=true,dashboard.create=true",
+    "--set=poolNamespaces={ci}",
+    "--set-json=scaledObjects=[{\"pool\":\"large\",\"namespace\":\"ci\",\"max\":9,\"triggers\":[{\"type\":\"cron\",\"metadata\":{}}]}]",
+    "--set-json=tolerations=[{\"operator\":\"Exists\"}]",
+    "--set-json=env=[{\"name\":\"HTTPS_PROXY\",\"value\":\"http://proxy:3128\"}]",
+    "--set=priorityClassName=high,nodeSelector.a=b,podAnnotations.a=b",
+    "--namespace=fleet",
+];
+
+#[tokio::test]
+async fn its_definitions_are_those_of_the_program() -> Result<()> {
+    let mut names = Vec::new();
+    for definition in vmpod_api::definitions() {
+        let name = definition.spec.names.plural.clone();
+        let path = chart().join("crds").join(format!("{name}.json"));
+        let there: Value = serde_json::from_str(&std::fs::read_to_string(&path)?)?;
+        let same = there == serde_json::to_value(&definition)?;
+        ensure!(same, "{} isn't what {} is: run `cargo xtask crds`", path.display(), definition.name_any());
+        names.push(format!("{name}.json"));
+    }
+    names.sort();
+    ensure!(e2e::home::entries(&chart().join("crds"))? == names);
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_it_renders_is_what_was_asked_for() -> Result<()> {
+    let chart = chart().to_string_lossy().into_owned();
+    helm(&["lint", "--strict", &chart, "--set=image=x"]).await?.ok()?;
+    let mut args = vec!["template", "v", &chart];
+    args.extend(EVERYTHING);
+    let text = helm(&args).await?.ok()?;
+    let kinds: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("kind: ")).collect();
+    for kind in [
+        "ServiceAccount",
+        "ClusterRole",
+        "ClusterRoleBinding",
+        "Role",
+        "RoleBinding",
+        "Deployment",
+        "Service",
+        "NetworkPolicy",
+        "ServiceMonitor",
+        "PrometheusRule",
+        "ConfigMap",
+        "ScaledObject",
+    ] {
+        ensure!(kinds.contains(&kind), "no {kind} among {kinds:?}");
+    }
+    // Secrets are read where pools are, and not everywhere.
+    let cluster_role =
+        text.split("\n---\n").find(|part| part.contains("kind: ClusterRole\n")).context("no ClusterRole")?;
+    ensure!(!cluster_role.contains("secrets"), "{cluster_role}");
+    // What alerts say of labels is Prometheus' to fill in, not helm's.
+    ensure!(text.contains("{{ $labels.namespace }}/{{ $labels.pool }}"), "{text}");
+    // As little as possible, unless asked.
+    let bare = helm(&["template", "v", &chart, "--set=image=x"]).await?.ok()?;
+    for kind in ["ServiceMonitor", "PrometheusRule", "ScaledObject", "ConfigMap"] {
+        ensure!(!bare.contains(&format!("kind: {kind}\n")), "{kind} wasn't asked for");
+    }
+    for (wrong, why) in [
+        ("--set=image=", "image: name the container image"),
+        ("--set=image=x,poll=often", "poll"),
+        ("--set=image=x,replica=3", "replica"),
+        ("--set-json=scaledObjects=[{\"pool\":\"x\"}]", "namespace"),
+    ] {
+        helm(&["template", "v", &chart, wrong]).await?.expect_failure(why)?;
+    }
+    Ok(())
+}
+
+/// A kubeconfig like another one, for somebody else.
+fn kubeconfig_of(admin: &str, token: &str) -> Result<String> {
+    let client = ["client-certificate-data:", "client-key-data:"];
+    let mut out = Vec::new();
+    let mut told = false;
+    for line in admin.lines() {
+        match client.iter().any(|word| line.trim_start().starts_with(word)) {
+            true if told => {}
+            true => {
+                let indent = line.len() - line.trim_start().len();
+                out.push(format!("{}token: {token}", " ".repeat(indent)));
+                told = true;
+            }
+            false => out.push(line.to_owned()),
+        }
+    }
+    ensure!(told, "the kubeconfig has no certificate");
+    Ok(out.join("\n"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_operator_gets_by_with_the_rights_that_it_gives() -> Result<()> {
+    let queue = Queue::start().await?;
+    let home = Home::new("chart")?;
+    let up = home.up(&[]).await?;
+    let admin = up.kubeconfig().to_string_lossy().into_owned();
+    let chart = chart().to_string_lossy().into_owned();
+    up.kubectl_ok(&["create", "namespace", "ci"]).await?;
+    // Deployments, Services and NetworkPolicies are kinds of clusters.
+    let only = "--set=deployment=false,metrics.service=false,networkPolicy.create=false,poolNamespaces={ci}";
+    let install = ["install", "vmpod", &chart, only, "--kubeconfig", &admin, "--wait", "--timeout=60s"];
+    let said = helm(&install).await?.ok()?;
+    ensure!(said.contains("STATUS: deployed") && said.contains("--no-install"), "{said}");
+
+    let token = up.kubectl_ok(&["create", "token", "vmpod"]).await?;
+    let own = home.path().with_extension("operator.kubeconfig");
+    std::fs::write(&own, kubeconfig_of(&std::fs::read_to_string(&admin)?, token.trim())?)?;
+    let log = home.path().with_extension("operator.log");
+    let mut controller = home.command()?;
+    controller
+        .args(["--log", "info,vmpod_fleet=debug", "controller", "--no-install", "--fleet-poll", "1s", "--kubeconfig"])
+        .arg(&own);
+    controller.stdout(Stdio::null()).stderr(std::fs::File::create(&log)?);
+    let mut controller = controller.kill_on_drop(true).spawn()?;
+
+    for (name, token) in [("queue", TOKEN), ("runner", RUNNER_TOKEN)] {
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": "ci"}, "stringData": {"token": token}});
+        up.apply(&secret).await?;
+    }
+    let pool = json!({
+        "apiVersion": "vmpod.dev/v1alpha1", "kind": "RunnerPool", "metadata": {"name": "plain", "namespace": "ci"},
+        "spec": {
+            "provider": {"http": {"url": queue.url(), "tokenSecretRef": {"name": "queue", "key": "token"},
+                "runnerTokenSecretRef": {"name": "runner", "key": "token"}}},
+            "image": "none", "userData": "#!/bin/sh\n", "scale": {"min": 2, "max": 2},
+            "placements": [{"name": "nowhere", "nodeSelector": {"site": "nowhere"}}],
+        },
+    });
+    up.apply(&pool).await?;
+    let seen = eventually_within(Duration::from_secs(40), "two runners have pods, and the pool says so", || async {
+        let all = up.kubectl_ok(&["-n", "ci", "get", "runners,pods,pdb", "-o", "name"]).await?;
+        let count = |kind: &str| all.lines().filter(|line| line.starts_with(kind)).count();
+        ensure!(count("runner.vmpod.dev/") == 2 && count("pod/") == 2 && count("poddisruptionbudget") == 1, "{all}");
+        let why = "jsonpath={.status.conditions[?(@.type==\"ProviderReady\")].reason} {.status.replicas}";
+        let status = up.kubectl_ok(&["-n", "ci", "get", "runnerpool", "plain", "-o", why]).await?;
+        ensure!(status == "Registered 2", "{status}");
+        Ok(())
+    })
+    .await;
+    seen.with_context(|| std::fs::read_to_string(&log).unwrap_or_default())?;
+    up.kubectl_ok(&["-n", "ci", "delete", "runnerpool", "plain", "--timeout=40s"]).await?;
+    eventually_within(Duration::from_secs(20), "nothing of the pool is left", || async {
+        let all = up.kubectl_ok(&["-n", "ci", "get", "runners,pods,pdb,secrets", "-o", "name"]).await?;
+        ensure!(all.lines().collect::<Vec<_>>() == ["secret/queue", "secret/runner"], "{all}");
+        Ok(())
+    })
+    .await?;
+    controller.start_kill()?;
+    controller.wait().await?;
+    let said = std::fs::read_to_string(&log)?;
+    ensure!(said.contains("this operator leads"), "{said}");
+    ensure!(!said.contains("forbidden") && !said.contains("aren't protected"), "{said}");
+    // And no more than that: Secrets of other namespaces are none of its business.
+    let other = ["auth", "can-i", "get", "secrets", "-n", "default", "--as", "system:serviceaccount:default:vmpod"];
+    ensure!(up.kubectl(&other).await?.stdout.trim() == "no");
+    helm(&["uninstall", "vmpod", "--kubeconfig", &admin]).await?.ok()?;
+    for file in [own, log] {
+        std::fs::remove_file(file)?;
+    }
+    up.stop().await
+}
