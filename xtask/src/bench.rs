@@ -7,6 +7,7 @@ mod api;
 mod fleet_burst;
 mod fleet_month;
 mod image;
+mod node;
 mod pod_start;
 mod process;
 mod samples;
@@ -24,6 +25,8 @@ pub(crate) enum Name {
     PodStart,
     /// Pull, push, delta and clone of a disk image, over skopeo and oras
     Image,
+    /// The agent's memory, idle and for each pod, and exec over ssh with a control socket
+    Node,
     /// From nothing to a thousand runners on simulated nodes, and the operator's memory with ten thousand
     FleetBurst,
     /// A simulated month of CI jobs: waits and machine-hours, over a rule of utilization for each flavour
@@ -37,6 +40,7 @@ pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path
     match name {
         Name::PodStart => pod_start::run(quick, program, root),
         Name::Image => image::run(quick, program, root),
+        Name::Node => node::run(quick, program, root),
         Name::FleetBurst => fleet_burst::run(quick, program, root),
         Name::FleetMonth => fleet_month::run(quick, root),
         Name::Api => api::run(quick, program, root),

@@ -159,7 +159,7 @@ impl Bench {
 }
 
 /// The object in a JSON value that has `key`.
-fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
+pub(super) fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
     match value {
         Value::Object(map) if map.contains_key(key) => Some(value),
         Value::Object(map) => map.values().find_map(|value| find(value, key)),
@@ -287,20 +287,22 @@ fn path(path: &Path) -> Result<&str> {
 }
 
 /// What pod is made.
-struct Kind {
-    image: &'static str,
-    start: &'static str,
-    cpus: &'static str,
-    memory: &'static str,
+pub(super) struct Kind {
+    pub(super) image: &'static str,
+    pub(super) start: &'static str,
+    pub(super) cpus: &'static str,
+    pub(super) memory: &'static str,
+    /// Where, when it matters.
+    pub(super) node: Option<&'static str>,
 }
 
-const COLD: Kind = Kind { image: "tiny", start: "boot", cpus: "1", memory: "256Mi" };
+const COLD: Kind = Kind { image: "tiny", start: "boot", cpus: "1", memory: "256Mi", node: None };
 
-async fn create(pods: &Api<Pod>, name: &str, kind: &Kind) -> Result<String> {
-    let Kind { image, start, cpus, memory } = kind;
+pub(super) async fn create(pods: &Api<Pod>, name: &str, kind: &Kind) -> Result<String> {
+    let Kind { image, start, cpus, memory, node } = kind;
     let pod: Pod = serde_json::from_value(json!({
         "metadata": {"name": name, "annotations": {"vmpod.dev/start": start}},
-        "spec": {"terminationGracePeriodSeconds": 1, "containers": [{
+        "spec": {"terminationGracePeriodSeconds": 1, "nodeName": node, "containers": [{
             "name": "machine", "image": image, "imagePullPolicy": "Never",
             // A small request, so that several fit on a small host.
             "resources": {"limits": {"cpu": cpus, "memory": memory}, "requests": {"cpu": "100m", "memory": memory}},
@@ -310,7 +312,7 @@ async fn create(pods: &Api<Pod>, name: &str, kind: &Kind) -> Result<String> {
     pod.metadata.uid.context("a pod has a uid")
 }
 
-async fn ready(pods: &Api<Pod>, name: &str) -> Result<()> {
+pub(super) async fn ready(pods: &Api<Pod>, name: &str) -> Result<()> {
     watch(pods, name, |event| match event {
         WatchEvent::Added(pod) | WatchEvent::Modified(pod) => is_ready(pod),
         _ => false,
@@ -319,7 +321,7 @@ async fn ready(pods: &Api<Pod>, name: &str) -> Result<()> {
     .with_context(|| format!("pod {name} did not become Ready"))
 }
 
-async fn delete(pods: &Api<Pod>, name: &str) -> Result<()> {
+pub(super) async fn delete(pods: &Api<Pod>, name: &str) -> Result<()> {
     let gone = watch(pods, name, |event| matches!(event, WatchEvent::Deleted(_)));
     // With a grace period the object stays until its machine is gone, and its address is free again.
     let parameters = DeleteParams::default().grace_period(1);
@@ -348,7 +350,7 @@ fn is_ready(pod: &Pod) -> bool {
     conditions.iter().any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-async fn exec_true(pods: &Api<Pod>, name: &str) -> Result<()> {
+pub(super) async fn exec_true(pods: &Api<Pod>, name: &str) -> Result<()> {
     let mut process = pods.exec(name, ["true"], &AttachParams::default().stderr(false)).await?;
     let status = process.take_status().context("exec has a status")?.await;
     let succeeded = status.as_ref().and_then(|status| status.status.as_deref()) == Some("Success");

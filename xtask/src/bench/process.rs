@@ -73,12 +73,21 @@ pub(crate) fn pause(milliseconds: u64) {
 
 /// Resident memory of a process in MiB.
 pub(crate) fn resident_mib(pid: u32) -> Result<f64> {
+    memory_mib(pid, "VmRSS:")
+}
+
+/// The part of it that is no file's, in MiB: the pages of its program are the page cache's, and are there once for all.
+pub(crate) fn own_mib(pid: u32) -> Result<f64> {
+    memory_mib(pid, "RssAnon:")
+}
+
+fn memory_mib(pid: u32, name: &str) -> Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let kib: f64 = status
         .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .find_map(|line| line.strip_prefix(name))
         .and_then(|rest| rest.trim().trim_end_matches("kB").trim().parse().ok())
-        .with_context(|| format!("process {pid} has no VmRSS"))?;
+        .with_context(|| format!("process {pid} has no {name}"))?;
     Ok(kib / 1024.0)
 }
 

@@ -11,8 +11,8 @@ use super::super::process;
 use super::super::samples::Samples;
 use super::{Kind, create, delete, exec_true, ready};
 
-const TINY: Kind = Kind { image: "tiny", start: "snapshot", cpus: "1", memory: "256Mi" };
-const DEBIAN: Kind = Kind { image: "debian", start: "snapshot", cpus: "2", memory: "512Mi" };
+const TINY: Kind = Kind { image: "tiny", start: "snapshot", cpus: "1", memory: "256Mi", node: None };
+const DEBIAN: Kind = Kind { image: "debian", start: "snapshot", cpus: "2", memory: "512Mi", node: None };
 const DEBIAN_COLD: Kind = Kind { start: "boot", ..DEBIAN };
 /// Copies that share one memory.
 const COPIES: u32 = 6;
