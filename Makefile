@@ -54,8 +54,9 @@ test: ## all of it: fmt, lint, tidy, unit, doctest, doc, guests, e2e
 demo: ## boot a virtual machine as a Pod, talk to it, clean up
 	scripts/demo
 
-bench: build guest ## pod created to exec answered, against QEMU started by hand; the API against etcd
-	scripts/prerequisites e2e bench && cargo xtask bench pod-start && cargo xtask bench api
+bench: build guest guest-debian ## pod created to exec answered, against QEMU started by hand; the API against etcd; the agent; the fleet
+	scripts/prerequisites e2e bench && cargo xtask bench pod-start && cargo xtask bench api && \
+	cargo xtask bench node && cargo xtask bench fleet-burst
 
 bench-image: build guest-debian ## pull, push, delta and clone of a disk image, against skopeo and oras
 	scripts/prerequisites e2e && cargo xtask bench image

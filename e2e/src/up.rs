@@ -77,6 +77,21 @@ impl Up {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Where the fleet's metrics are (`--metrics-listen`): `ADDRESS:PORT`.
+    pub fn metrics_address(&self) -> Result<String> {
+        let log = self.log();
+        let url = log.lines().find_map(|line| line.strip_prefix("metrics: http://"));
+        Ok(url.context("vmpod up offers no metrics")?.trim_end_matches("/metrics").to_owned())
+    }
+
+    /// The fleet's metrics.
+    pub async fn metrics(&self) -> Result<String> {
+        // Whether another test of this process chose one before doesn't matter.
+        drop(rustls::crypto::ring::default_provider().install_default());
+        let response = reqwest::get(format!("http://{}/metrics", self.metrics_address()?)).await?;
+        Ok(response.error_for_status()?.text().await?)
+    }
+
     /// The kubeconfig that it wrote.
     #[must_use]
     pub fn kubeconfig(&self) -> &Path {

@@ -29,7 +29,7 @@ fn pool(scripted: &Scripted, name: &str, max: u32) -> Value {
 }
 
 async fn up(home: &Home) -> Result<Up> {
-    let up = home.up(&["--fleet-poll", "1s"]).await?;
+    let up = home.up(&["--fleet-poll", "1s", "--metrics-listen", "127.0.0.1:0"]).await?;
     up.apply(&json!({
         "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gitlab", "namespace": "default"},
         "stringData": {"token": "glpat-scripted"},
@@ -86,6 +86,18 @@ async fn pools_make_a_machine_for_each_job_and_nothing_stays() -> Result<()> {
     let status = up.kubectl_ok(&["get", "runnerpool", "small", "-o", "json"]).await?;
     let status: Value = serde_json::from_str(&status)?;
     ensure!(status["status"]["replicas"] == 0 && status["status"]["pendingJobs"] == 0, "{status:#}");
+    // Each job was counted once, with how long it waited.
+    let metrics = up.metrics().await?;
+    for (pool, jobs) in [("small", 3), ("large", 1)] {
+        let of = format!("{{namespace=\"default\",pool=\"{pool}\"");
+        for line in [
+            format!("vmpod_fleet_jobs_total{of},status=\"success\"}} {jobs}"),
+            format!("vmpod_fleet_job_queue_wait_seconds_count{of}}} {jobs}"),
+            format!("vmpod_fleet_job_duration_seconds_count{of}}} {jobs}"),
+        ] {
+            ensure!(metrics.contains(&line), "no {line:?} in\n{metrics}");
+        }
+    }
     // A pool that goes takes its record along.
     up.kubectl_ok(&["delete", "runnerpool", "small", "large", "--timeout=60s"]).await?;
     ensure!(scripted.with(|state| state.runners.is_empty()), "records are left at GitLab");

@@ -98,9 +98,7 @@ async fn a_plain_queue_gets_machines_and_prometheus_sees_them() -> Result<()> {
     let queue = Queue::start().await?;
     let home = Home::with_tiny("fleet-queue").await?;
     let up = home.up(&["--fleet-poll", "1s", "--metrics-listen", "127.0.0.1:0"]).await?;
-    let log = up.log();
-    let metrics = log.lines().find_map(|line| line.split_once("metrics: http://")).context("no address of metrics")?.1;
-    let prometheus = Prometheus::start(metrics.trim_end_matches("/metrics").trim())?;
+    let prometheus = Prometheus::start(&up.metrics_address()?)?;
     // Two providers are one too many, and none too few.
     let both = json!({"apiVersion": "vmpod.dev/v1alpha1", "kind": "RunnerPool", "metadata": {"name": "bad", "namespace": "default"},
         "spec": {"provider": {}, "image": "tiny"}});
@@ -187,7 +185,7 @@ async fn a_plain_queue_gets_machines_and_prometheus_sees_them() -> Result<()> {
     ensure!(steps["result"][0]["value"][1] == "2", "{steps}");
     up.kubectl_ok(&["delete", "runnerpool", "plain", "--timeout=60s"]).await?;
     eventually_within(Duration::from_secs(20), "the pool's figures go with it", || async {
-        let text = reqwest::get(format!("http://{}", metrics.trim())).await?.text().await?;
+        let text = up.metrics().await?;
         ensure!(!text.contains("pool=\"plain\""), "{text}");
         Ok(())
     })

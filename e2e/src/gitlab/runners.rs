@@ -356,6 +356,8 @@ async fn jobs(Extract(shared): Extract<Shared>, Path(id): Path<u64>, headers: He
 
 /// A job as lists show it.
 pub(super) fn job(job: &Job) -> Value {
+    let since =
+        |from: Timestamp, to: Option<Timestamp>| to.unwrap_or_else(Timestamp::now).duration_since(from).as_secs_f64();
     json!({
         "id": job.id,
         "name": job.name,
@@ -364,8 +366,8 @@ pub(super) fn job(job: &Job) -> Value {
         "ref": "main",
         "tag_list": job.tags,
         "created_at": job.created_at,
-        "queued_duration": (job.status == JobStatus::Pending)
-            .then(|| Timestamp::now().duration_since(job.created_at).as_secs_f64()),
+        "queued_duration": since(job.created_at, job.started_at),
+        "duration": job.started_at.map(|started| since(started, job.finished_at)),
         "started_at": job.started_at,
         "finished_at": job.finished_at,
         "project": { "id": job.project },

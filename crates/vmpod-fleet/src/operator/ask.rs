@@ -42,6 +42,8 @@ impl Jobs {
                 over.push(job);
             }
         }
+        // An empty list is a look as well.
+        self.last.get_or_insert(0);
         // A job that fell off the page is nothing that anyone will hear of again.
         while self.open.len() > 10_000 {
             self.open.pop_first();
@@ -238,7 +240,6 @@ mod tests {
             let (mut jobs, mut ended) = (Jobs::default(), BTreeSet::new());
             let (mut began, mut finished) = (Vec::new(), Vec::new());
             jobs.take(Vec::new());
-            jobs.last = Some(0);
             for (look, ends) in (1_u64..).zip(looks) {
                 ended.extend(ends.into_iter().filter(|id| *id <= look));
                 let after = jobs.after().unwrap_or(0);
