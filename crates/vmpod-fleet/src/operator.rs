@@ -127,6 +127,8 @@ struct Kept {
     fresh: BTreeSet<String>,
     /// Failed runners that were counted.
     counted: BTreeSet<String>,
+    /// What was last shown of it.
+    look: metrics::Look,
     /// Jobs up to this one were counted as begun; those that hadn't ended then.
     jobs: ask::Jobs,
 }
@@ -212,6 +214,10 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Operat
                 });
                 if now && !leads {
                     tracing::info!(identity = operator.options.identity, "this operator leads");
+                }
+                if leads && !now {
+                    // What it saw last is not what is: another operator tells.
+                    operator.options.metrics.looks(Vec::new(), []);
                 }
                 leads = now;
                 operator.options.metrics.leads(leads);
@@ -307,13 +313,14 @@ impl Operator {
         let mut looks = Vec::new();
         for ((part, mut kept, runners), share) in views.into_iter().zip(shares) {
             match self.pool(&part, &mut kept, &runners, share, now).await {
-                Ok(look) => looks.extend(look.map(|look| (label(&part.pool), look))),
+                Ok(look) => kept.look = look,
                 Err(error) => tracing::warn!(
                     pool = key(part.pool.as_ref()),
                     error = chain(&error),
                     "the pool can't be looked after; trying again"
                 ),
             }
+            looks.push((label(&part.pool), kept.look.clone()));
             self.kept.insert(key(part.pool.as_ref()), kept);
         }
         self.options.metrics.looks(looks, self.options.providers.calls());

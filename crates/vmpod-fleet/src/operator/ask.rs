@@ -92,6 +92,8 @@ impl Operator {
             Ok(provider) => provider,
             Err(Trouble { why, retry }) => {
                 (kept.retry, kept.trouble) = (retry, Some(why.clone()));
+                // So that the next look, when it goes well, says so.
+                kept.ensured = None;
                 (kept.demand, kept.machines) = (Some(Err(why.clone())), Some(Err(why)));
                 return;
             }

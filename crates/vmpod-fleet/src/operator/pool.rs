@@ -16,7 +16,7 @@ use crate::objects;
 use crate::plan::{self, Observed, Plan};
 
 impl Operator {
-    /// Brings one pool nearer to what it should be. What there is to show of it, unless it is about to go.
+    /// Brings one pool nearer to what it should be; what there is to show of it.
     pub(super) async fn pool(
         &self,
         part: &Part,
@@ -24,10 +24,13 @@ impl Operator {
         runners: &[plan::Runner],
         share: Option<u32>,
         now: Timestamp,
-    ) -> Result<Option<Look>, kube::Error> {
+    ) -> Result<Look, kube::Error> {
         let pool = part.pool.as_ref();
         if pool.metadata.deletion_timestamp.is_some() {
-            return self.end(part, kept, runners, now).await.map(|()| None);
+            self.end(part, kept, runners, now).await?;
+            // It is counted until it is gone: its machines still come to their ends.
+            let status = pool.status.clone().unwrap_or_default();
+            return Ok(look(pool, kept, runners, share, &status, now));
         }
         if !pool.finalizers().iter().any(|name| name == objects::FINALIZER) {
             self.finalizers(pool, true).await?;
@@ -51,7 +54,7 @@ impl Operator {
         self.ghosts(part, kept, now).await;
         let status = status(pool, kept, runners, &plan, &template, now);
         let look = look(pool, kept, runners, share, &status, now);
-        self.tell(pool, status).await.map(|()| Some(look))
+        self.tell(pool, status).await.map(|()| look)
     }
 
     /// Keeps others from evicting the pool's pods: nobody but the operator can tell which of them has a job.

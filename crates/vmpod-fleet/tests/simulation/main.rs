@@ -37,8 +37,11 @@ async fn operators(world: Shared, index: usize) {
     loop {
         let (client, crash) = api::client(&world, index);
         let stop = CancellationToken::new();
+        let metrics = vmpod_fleet::Metrics::default();
+        world.with(|world| world.metrics[index] = metrics.clone());
         let options = vmpod_fleet::Options {
             install: false,
+            metrics,
             providers: std::sync::Arc::new(ci::Site::new(&world)),
             clock: world.clock(),
             poll: Duration::from_secs(5),

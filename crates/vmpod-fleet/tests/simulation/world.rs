@@ -9,8 +9,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use vmpod_fleet::Clock;
 use vmpod_fleet::provider::Seen;
+use vmpod_fleet::{Clock, Metrics};
 
 use crate::ci::Fate;
 
@@ -128,6 +128,8 @@ pub(crate) struct World {
     done: BTreeSet<u64>,
     jobs: u64,
     trouble: bool,
+    /// What each operator counts.
+    pub(crate) metrics: [Metrics; 2],
     /// The writes that each operator has left before it dies, and until when nobody hears it.
     lives: [Option<u64>; 2],
     cut: [Option<Timestamp>; 2],
@@ -153,6 +155,7 @@ impl World {
             done: BTreeSet::new(),
             jobs: 0,
             trouble: true,
+            metrics: [Metrics::default(), Metrics::default()],
             lives: [None; 2],
             cut: [None; 2],
         };
@@ -856,6 +859,12 @@ impl World {
         }
         if !self.registrations.is_empty() {
             self.fail("a registration is left");
+        }
+        for metrics in &self.metrics {
+            let text = metrics.render();
+            if let Some(line) = text.lines().find(|line| line.contains("pool=")) {
+                self.fail(&format!("a figure of a pool that is gone is left: {line}"));
+            }
         }
         if self.done.is_empty() {
             self.fail("no job ever ran");
