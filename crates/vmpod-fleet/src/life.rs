@@ -77,6 +77,10 @@ pub fn phase(seen: &Seen, now: Timestamp) -> (Phase, Option<String>) {
     }
     let worked = matches!(seen.phase, Phase::Idle | Phase::Busy | Phase::Draining);
     match (&seen.pod, seen.work) {
+        // Whatever its guest did, it took no job: without this, a pool of them would make machines for ever.
+        (Pod::Succeeded, Work::Unheard) if !worked && !seen.draining => {
+            failed("its machine ended before the CI system had heard of it".to_owned())
+        }
         (Pod::Succeeded, _) => (Phase::Gone, None),
         (Pod::Failed(why), _) if !worked => failed(format!("its machine failed: {why}")),
         // Its last job has its own verdict at the CI system.
@@ -140,6 +144,10 @@ mod tests {
         assert_eq!(next(Phase::Idle, Pod::Up, Work::Busy), Phase::Busy);
         assert_eq!(next(Phase::Busy, Pod::Up, Work::Idle), Phase::Idle);
         assert_eq!(next(Phase::Busy, Pod::Succeeded, Work::Busy), Phase::Gone);
+        assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Unheard), Phase::Failed);
+        assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Idle), Phase::Gone, "a short job");
+        assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Unknown), Phase::Gone);
+        assert_eq!(next(Phase::Idle, Pod::Succeeded, Work::Unheard), Phase::Gone);
         assert_eq!(next(Phase::Busy, Pod::Failed("x".to_owned()), Work::Idle), Phase::Gone);
         assert_eq!(next(Phase::Starting, Pod::Failed("x".to_owned()), Work::Unheard), Phase::Failed);
         assert_eq!(next(Phase::Idle, Pod::Absent, Work::Idle), Phase::Gone);

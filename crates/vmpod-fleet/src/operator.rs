@@ -2,7 +2,7 @@
 //!
 //! One task does everything, so nothing is decided twice at once. Every effect can be repeated: a runner is made before its
 //! Secret and its Pod, which carry its name; a registration at the CI system has the pool's mark. What the operator remembers
-//! by itself ([`Kept`]) costs time when it is lost, never a job.
+//! by itself (`Kept`) costs time when it is lost, never a job.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;

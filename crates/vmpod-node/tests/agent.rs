@@ -71,7 +71,7 @@ async fn a_job_ends_with_its_exit_code_and_its_output() {
     assert_eq!(condition(&pod, "PodReadyToStartContainers").0, "False");
     assert_eq!(host.log_text(UIDS[0], 0), ["hello", "world"]);
     host.until_no_machines().await;
-    assert_eq!(host.holders(UIDS[0]), 0, "a finished pod holds no image");
+    host.until_unheld(UIDS[0]).await;
     assert_eq!(host.api.reasons("job"), ["Pulled", "Created", "Started"]);
     node.stop().await;
     assert_eq!(host.api.violations(), Vec::<String>::new());
@@ -449,7 +449,7 @@ async fn told_with_a_crash(story: Story, at: usize) -> usize {
     let mains = host.world.events().into_iter().filter(|event| matches!(event, Event::MainStarted(..))).count();
     assert!(mains <= 1, "crash at {at}: the main process ran {mains} times");
     assert_eq!(host.world.live(), [], "crash at {at}");
-    assert_eq!(host.holders(UIDS[0]), 0, "crash at {at}: an image is still held");
+    host.until_unheld(UIDS[0]).await;
     assert_eq!(host.api.violations(), Vec::<String>::new(), "crash at {at}");
     faults.hits()
 }

@@ -152,7 +152,7 @@ async fn a_restore_that_fails_is_a_boot_and_not_a_restart() {
     assert_eq!(pod["status"]["containerStatuses"][0]["restartCount"], 0);
     host.api.delete_pod("bad", 1);
     host.api.until("it is gone", |api| api.pod("bad").is_none()).await;
-    assert_eq!(host.holders(UIDS[1]), 0, "the image is still held");
+    host.until_unheld(UIDS[1]).await;
     node.stop().await;
 }
 

@@ -15,7 +15,7 @@ use super::Shared;
 use super::gate::{administrator, answer, refuse};
 use super::jobs::contact;
 use super::params::Params;
-use super::state::{Job, JobStatus, Runner, Scope, State};
+use super::state::{Job, Runner, Scope, State};
 
 pub(super) fn router() -> Router<Shared> {
     Router::new()

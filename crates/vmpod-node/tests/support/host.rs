@@ -142,6 +142,11 @@ impl Host {
         self.until("nothing of a pod is left", || self.machines().is_empty() && entries(&pods).is_empty()).await;
     }
 
+    /// Waits until a pod's machines hold no image: that is let go after their files are.
+    pub(crate) async fn until_unheld(&self, uid: &str) {
+        self.until("a pod that is over holds no image", || self.holders(uid) == 0).await;
+    }
+
     async fn until(&self, what: &str, wanted: impl Fn() -> bool) {
         for _ in 0..500 {
             if wanted() {
