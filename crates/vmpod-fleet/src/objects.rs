@@ -191,6 +191,13 @@ pub fn seen(pod: Option<&KubePod>) -> life::Pod {
     }
 }
 
+/// When a pod's machine ended, if it has.
+#[must_use]
+pub fn ended(pod: &KubePod) -> Option<Timestamp> {
+    let container = pod.status.as_ref()?.container_statuses.as_ref()?.first()?;
+    Some(container.state.as_ref()?.terminated.as_ref()?.finished_at.as_ref()?.0)
+}
+
 /// What the nodes offer that take pods.
 #[must_use]
 pub fn capacity<'a>(nodes: impl Iterator<Item = &'a Node>) -> Amount {

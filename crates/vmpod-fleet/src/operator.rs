@@ -457,10 +457,14 @@ impl Operator {
             _ => Work::Unknown,
         };
         let unschedulable = seen == life::Pod::Unschedulable;
-        let (phase, message) = life::phase(
-            &life::Seen { phase: status.phase, since, created, pod: seen, work, draining: draining.is_some() },
-            now,
-        );
+        // Whether the CI system knew of a machine that has ended is seen in a look after that: a short job's machine comes and
+        // goes between two.
+        let ended = pod.and_then(objects::ended).and_then(|at| at.checked_add(SignedDuration::from_secs(1)).ok());
+        let open = work == Work::Unheard
+            && !status.phase.is_over()
+            && ended.is_some_and(|ended| kept.asked.is_none_or(|asked| asked <= ended));
+        let seen = life::Seen { phase: status.phase, since, created, pod: seen, work, draining: draining.is_some() };
+        let (phase, message) = if open { (status.phase, None) } else { life::phase(&seen, now) };
         let before = since;
         let since = if phase == status.phase { since } else { now };
         if phase == Phase::Failed && kept.counted.insert(runner.name_any()) {
