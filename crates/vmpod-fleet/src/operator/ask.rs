@@ -1,6 +1,6 @@
 //! What the operator asks a pool's CI system: its registration, what waits there, which machines work.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Secret;
@@ -20,8 +20,8 @@ pub(super) struct Jobs {
     last: Option<u64>,
     /// Jobs that had begun and not ended.
     open: BTreeSet<u64>,
-    /// How many machines had a job at the last look.
-    busy: BTreeSet<String>,
+    /// Which machines there were at the last look and whether each had a job, and how many jobs waited.
+    seen: (BTreeMap<String, bool>, u32),
 }
 
 impl Jobs {
@@ -116,15 +116,18 @@ impl Operator {
         kept: &mut Kept,
         now: Timestamp,
     ) {
-        let Some(Ok(machines)) = &kept.machines else { return };
-        let busy: BTreeSet<String> =
-            machines.iter().filter(|(_, seen)| seen.busy).map(|(machine, _)| machine.clone()).collect();
-        if busy == kept.jobs.busy && kept.jobs.last.is_some() {
+        let (Some(Ok(machines)), Some(Ok(waiting))) = (&kept.machines, &kept.demand) else { return };
+        let machines: BTreeMap<String, bool> =
+            machines.iter().map(|(machine, seen)| (machine.clone(), seen.busy)).collect();
+        // A short job comes and goes between two looks, and leaves a machine that wasn't there or a shorter queue.
+        let working = machines.values().filter(|busy| **busy).count();
+        let seen = (machines, waiting.count);
+        if seen == kept.jobs.seen && kept.jobs.open.len() == working {
             return;
         }
         // A failure costs figures, nothing else; the next look makes up for it.
         let Ok(list) = provider.begun(keep, kept.jobs.after(), now).await else { return };
-        kept.jobs.busy = busy;
+        kept.jobs.seen = seen;
         let (new, over) = kept.jobs.take(list);
         let (metrics, pool) = (&self.options.metrics, label(pool));
         metrics.jobs(&pool, &new);
