@@ -3,6 +3,7 @@
 //! Every label has few values: the pools that there are, their placements, and words that this crate knows. A pool that goes
 //! takes its series along.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -66,7 +67,7 @@ struct InPhase {
     phase: &'static str,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, EncodeLabelSet)]
 struct At {
     namespace: String,
     pool: String,
@@ -104,8 +105,6 @@ pub struct Look {
     pub oldest: Option<f64>,
     /// Runners by placement.
     pub placements: Vec<(String, u32)>,
-    /// Every placement that the pool has, runners there or not.
-    pub all_placements: Vec<String>,
     /// Conditions: kind, whether it holds, reason.
     pub conditions: Vec<(&'static str, bool, String)>,
 }
@@ -149,6 +148,8 @@ struct Inner {
     registry: Registry,
     counted: Counted,
     shown: Shown,
+    /// Where runners were made: the series to remove with their pool.
+    placed: Mutex<BTreeSet<At>>,
     /// The pools of the last look. Whoever holds it may change what is shown, or read it whole.
     pools: Mutex<Vec<(Pool, Look)>>,
 }
@@ -209,7 +210,7 @@ impl Default for Metrics {
         );
         registry.register("pool_condition", "Conditions of pools: 1 holds, 0 doesn't", shown.conditions.clone());
         registry.register("provider_calls", "Calls to CI systems, by what became of them", shown.calls.clone());
-        Self(Arc::new(Inner { registry, counted, shown, pools: Mutex::default() }))
+        Self(Arc::new(Inner { registry, counted, shown, placed: Mutex::default(), pools: Mutex::default() }))
     }
 }
 
@@ -240,8 +241,8 @@ impl Metrics {
     /// The pools as they are; those that aren't named are gone.
     pub(crate) fn looks(&self, looks: Vec<(Pool, Look)>, calls: impl IntoIterator<Item = (String, Calls)>) {
         let mut pools = self.pools();
-        for (gone, look) in pools.iter().filter(|(gone, _)| !looks.iter().any(|(pool, _)| pool == gone)) {
-            self.drop_pool(gone, look);
+        for (gone, _) in pools.iter().filter(|(gone, _)| !looks.iter().any(|(pool, _)| pool == gone)) {
+            self.drop_pool(gone);
         }
         let shown = &self.0.shown;
         for number in [&shown.wanted, &shown.max, &shown.share, &shown.pending, &shown.oldest] {
@@ -294,7 +295,7 @@ impl Metrics {
     }
 
     /// A pool is gone: what was counted of it goes too.
-    fn drop_pool(&self, gone: &Pool, look: &Look) {
+    fn drop_pool(&self, gone: &Pool) {
         let counted = &self.0.counted;
         let Pool { namespace, pool } = gone;
         counted.waits.remove(gone);
@@ -309,10 +310,14 @@ impl Metrics {
         for step in STEPS {
             counted.starts.remove(&OfStep { namespace: namespace.clone(), pool: pool.clone(), step });
         }
-        for placement in &look.all_placements {
-            let (namespace, pool, placement) = (namespace.clone(), pool.clone(), placement.clone());
-            counted.created.remove(&At { namespace, pool, placement });
-        }
+        let mut placed = self.0.placed.lock().unwrap_or_else(PoisonError::into_inner);
+        placed.retain(|at| {
+            let stays = at.namespace != *namespace || at.pool != *pool;
+            if !stays {
+                counted.created.remove(at);
+            }
+            stays
+        });
     }
 
     pub(crate) fn jobs(&self, pool: &Pool, begun: &[Begun]) {
@@ -339,7 +344,9 @@ impl Metrics {
 
     pub(crate) fn created(&self, pool: &Pool, placement: &str) {
         let Pool { namespace, pool } = pool.clone();
-        self.0.counted.created.get_or_create(&At { namespace, pool, placement: placement.to_owned() }).inc();
+        let at = At { namespace, pool, placement: placement.to_owned() };
+        self.0.counted.created.get_or_create(&at).inc();
+        self.0.placed.lock().unwrap_or_else(PoisonError::into_inner).insert(at);
     }
 
     pub(crate) fn drained(&self, pool: &Pool) {
@@ -410,7 +417,6 @@ mod tests {
             max: 9,
             pending: Some(4),
             placements: vec![("home".to_owned(), 6)],
-            all_placements: vec!["home".to_owned()],
             conditions: vec![("Scaling", false, "NoRoom".to_owned())],
             ..Look::default()
         };

@@ -235,10 +235,6 @@ fn look(
         pending: status.pending_jobs,
         oldest,
         placements: status.placements.clone().into_iter().collect(),
-        all_placements: match &pool.spec.placements[..] {
-            [] => vec![String::new()],
-            all => all.iter().map(|place| place.name.clone()).collect(),
-        },
         conditions: conditions.into_iter().filter_map(shown).collect(),
     }
 }
