@@ -77,6 +77,8 @@ pub fn phase(seen: &Seen, now: Timestamp) -> (Phase, Option<String>) {
     }
     let worked = matches!(seen.phase, Phase::Idle | Phase::Busy | Phase::Draining);
     match (&seen.pod, seen.work) {
+        // It may have had a short job; the next look tells.
+        (Pod::Succeeded, Work::Unknown) if !worked && !seen.draining => (seen.phase, None),
         // Whatever its guest did, it took no job: without this, a pool of them would make machines for ever.
         (Pod::Succeeded, Work::Unheard) if !worked && !seen.draining => {
             failed("its machine ended before the CI system had heard of it".to_owned())
@@ -146,7 +148,7 @@ mod tests {
         assert_eq!(next(Phase::Busy, Pod::Succeeded, Work::Busy), Phase::Gone);
         assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Unheard), Phase::Failed);
         assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Idle), Phase::Gone, "a short job");
-        assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Unknown), Phase::Gone);
+        assert_eq!(next(Phase::Starting, Pod::Succeeded, Work::Unknown), Phase::Starting, "nobody could say");
         assert_eq!(next(Phase::Idle, Pod::Succeeded, Work::Unheard), Phase::Gone);
         assert_eq!(next(Phase::Busy, Pod::Failed("x".to_owned()), Work::Idle), Phase::Gone);
         assert_eq!(next(Phase::Starting, Pod::Failed("x".to_owned()), Work::Unheard), Phase::Failed);

@@ -448,23 +448,23 @@ impl Operator {
         let draining = time(&status.draining_since);
         let seen = objects::seen(pod);
         let machine = kept.provider.as_ref().map(|provider| machine_id(provider.as_ref(), runner));
+        // A short job's machine comes and goes between two looks: a list from before its end doesn't say that it was unknown.
+        let ended = pod.and_then(objects::ended).and_then(|at| at.checked_add(SignedDuration::from_secs(1)).ok());
+        let older = ended.is_some_and(|ended| kept.asked.is_none_or(|asked| asked <= ended));
         let work = match (&kept.machines, &machine) {
             (Some(Ok(machines)), Some(machine)) => match machines.get(machine) {
                 Some(job) if job.busy => Work::Busy,
                 Some(_) => Work::Idle,
+                None if older => Work::Unknown,
                 None => Work::Unheard,
             },
             _ => Work::Unknown,
         };
         let unschedulable = seen == life::Pod::Unschedulable;
-        // Whether the CI system knew of a machine that has ended is seen in a look after that: a short job's machine comes and
-        // goes between two.
-        let ended = pod.and_then(objects::ended).and_then(|at| at.checked_add(SignedDuration::from_secs(1)).ok());
-        let open = work == Work::Unheard
-            && !status.phase.is_over()
-            && ended.is_some_and(|ended| kept.asked.is_none_or(|asked| asked <= ended));
-        let seen = life::Seen { phase: status.phase, since, created, pod: seen, work, draining: draining.is_some() };
-        let (phase, message) = if open { (status.phase, None) } else { life::phase(&seen, now) };
+        let (phase, message) = life::phase(
+            &life::Seen { phase: status.phase, since, created, pod: seen, work, draining: draining.is_some() },
+            now,
+        );
         let before = since;
         let since = if phase == status.phase { since } else { now };
         if phase == Phase::Failed && kept.counted.insert(runner.name_any()) {
