@@ -30,6 +30,9 @@ impl Jobs {
         // What ran before the first look was counted by whoever ran then.
         let first = self.last.is_none();
         let known = self.last;
+        // One that has begun and isn't on the page any more is nothing that anyone will hear of again.
+        let listed: BTreeSet<u64> = list.iter().map(|job| job.id).collect();
+        self.open.retain(|job| listed.contains(job));
         let (mut new, mut over) = (Vec::new(), Vec::new());
         for job in list {
             self.last = self.last.max(Some(job.id));
@@ -44,10 +47,6 @@ impl Jobs {
         }
         // An empty list is a look as well.
         self.last.get_or_insert(0);
-        // A job that fell off the page is nothing that anyone will hear of again.
-        while self.open.len() > 10_000 {
-            self.open.pop_first();
-        }
         (new, over)
     }
 
@@ -236,6 +235,16 @@ mod tests {
         let (new, over) = jobs.take(vec![job(2, true), job(3, true)]);
         assert_eq!((new, over), (vec![job(3, true)], vec![job(2, true), job(3, true)]));
         assert_eq!(jobs.after(), Some(3));
+    }
+
+    #[test]
+    fn a_job_that_fell_off_the_page_is_not_asked_for_again() {
+        let mut jobs = Jobs::default();
+        jobs.take(vec![job(1, false)]);
+        assert_eq!(jobs.after(), Some(0));
+        // A page holds the newest.
+        jobs.take((50..150).map(|id| job(id, true)).collect());
+        assert_eq!((jobs.after(), jobs.open.len()), (Some(149), 0));
     }
 
     proptest! {
