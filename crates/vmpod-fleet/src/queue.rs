@@ -22,7 +22,7 @@ use reqwest::Url;
 use serde::Deserialize;
 use vmpod_api::pool::HttpQueue;
 
-use crate::gitlab::client::{lock, message};
+use crate::gitlab::client::{http, lock, message};
 use crate::limit::{Heard, Limit};
 use crate::provider::{Calls, Keep, Machine, Provider, Registered, Secrets, Seen, Trouble, Waiting};
 use crate::user_data::{self, Values};
@@ -201,20 +201,11 @@ fn site(text: &str, ca_pem: Option<&[u8]>) -> Result<Site, Trouble> {
     if !matches!(url.scheme(), "http" | "https") || url.host_str().is_none() {
         return Err(bad());
     }
-    let mut builder = reqwest::Client::builder()
-        .connect_timeout(Duration::from_secs(10))
-        .timeout(Duration::from_secs(30))
-        // A token never follows to another place.
-        .redirect(reqwest::redirect::Policy::none())
-        .user_agent(concat!("vmpod/", env!("CARGO_PKG_VERSION")));
-    let ca = |error: reqwest::Error| {
+    let http = http(ca_pem).map_err(|error| {
         Trouble::new(format!("the CA certificates for {text} can't be used: they must be PEM ({error})"))
-    };
-    if let Some(pem) = ca_pem {
-        builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(pem).map_err(ca)?);
-    }
+    })?;
     Ok(Site {
-        http: builder.build().map_err(ca)?,
+        http,
         url,
         limit: Mutex::default(),
         sent: AtomicU64::default(),

@@ -172,6 +172,20 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A client for a CI system; `ca_pem` are certificates that are trusted beside the system's.
+pub(crate) fn http(ca_pem: Option<&[u8]>) -> reqwest::Result<reqwest::Client> {
+    let mut builder = reqwest::Client::builder()
+        .connect_timeout(Duration::from_secs(10))
+        .timeout(Duration::from_secs(30))
+        // A token never follows to another place.
+        .redirect(reqwest::redirect::Policy::none())
+        .user_agent(concat!("vmpod/", env!("CARGO_PKG_VERSION")));
+    if let Some(pem) = ca_pem {
+        builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(pem)?);
+    }
+    builder.build()
+}
+
 impl Site {
     pub(super) fn new(url: &str, ca_pem: Option<&[u8]>) -> Result<Self, Error> {
         let bad = || Error::Url { url: url.to_owned() };
@@ -183,18 +197,9 @@ impl Site {
         if !base.path().ends_with('/') {
             base.set_path(&format!("{}/", base.path()));
         }
-        let mut builder = reqwest::Client::builder()
-            .connect_timeout(Duration::from_secs(10))
-            .timeout(Duration::from_secs(30))
-            // A token never follows to another place.
-            .redirect(reqwest::redirect::Policy::none())
-            .user_agent(concat!("vmpod/", env!("CARGO_PKG_VERSION")));
-        let ca = |source| Error::Ca { url: url.to_owned(), source };
-        if let Some(pem) = ca_pem {
-            builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(pem).map_err(ca)?);
-        }
+        let http = http(ca_pem).map_err(|source| Error::Ca { url: url.to_owned(), source })?;
         Ok(Self {
-            http: builder.build().map_err(ca)?,
+            http,
             base,
             limit: Mutex::default(),
             counters: Counters::default(),
