@@ -138,7 +138,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "NAME", value_parser = values::node_name)]
     pub(crate) name: Option<String>,
     /// Keep no runner pools
-    #[arg(long)]
+    #[arg(long, conflicts_with = "metrics_listen")]
     pub(crate) no_fleet: bool,
     #[command(flatten)]
     pub(crate) fleet: Fleet,

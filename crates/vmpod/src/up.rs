@@ -24,8 +24,7 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     clear_dead_runs(home, &agent::qemu(&args.machines.qemu)).await;
 
     let fleet_metrics = vmpod_fleet::Metrics::default();
-    let listen = args.fleet.metrics_listen.filter(|_| !args.no_fleet);
-    let _metrics = metrics::serve(listen, &fleet_metrics).await?;
+    let _metrics = metrics::serve(args.fleet.metrics_listen, &fleet_metrics).await?;
     let spinner = Progress::spinner("starting");
     let name = agent::node_name(args.name.as_deref());
     let starting = Stack::start(Plan {
