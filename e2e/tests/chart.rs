@@ -130,10 +130,16 @@ async fn the_operator_gets_by_with_the_rights_that_it_gives() -> Result<()> {
     let said = helm(&install).await?.ok()?;
     ensure!(said.contains("STATUS: deployed") && said.contains("--no-install"), "{said}");
 
+    // The examples are what the definitions take.
+    for example in ["runnerpool.yaml", "runnerpool-http.yaml"] {
+        let path = prerequisites::repository().join("examples").join(example);
+        up.kubectl_ok(&["apply", "--dry-run=server", "-f", &path.to_string_lossy()]).await?;
+    }
+
     let token = up.kubectl_ok(&["create", "token", "vmpod"]).await?;
-    let own = home.path().with_extension("operator.kubeconfig");
+    let own = home.path().join("operator.kubeconfig");
     std::fs::write(&own, kubeconfig_of(&std::fs::read_to_string(&admin)?, token.trim())?)?;
-    let log = home.path().with_extension("operator.log");
+    let log = home.path().join("operator.log");
     let mut controller = home.command()?;
     controller
         .args(["--log", "info,vmpod_fleet=debug", "controller", "--no-install", "--fleet-poll", "1s", "--kubeconfig"])
@@ -182,8 +188,5 @@ async fn the_operator_gets_by_with_the_rights_that_it_gives() -> Result<()> {
     let other = ["auth", "can-i", "get", "secrets", "-n", "default", "--as", "system:serviceaccount:default:vmpod"];
     ensure!(up.kubectl(&other).await?.stdout.trim() == "no");
     helm(&["uninstall", "vmpod", "--kubeconfig", &admin]).await?.ok()?;
-    for file in [own, log] {
-        std::fs::remove_file(file)?;
-    }
     up.stop().await
 }
