@@ -74,6 +74,7 @@ impl Host {
                 address,
                 ssh_port: 2222,
                 forwards: vec![Forward { protocol: Protocol::Tcp, host_port: 8080, guest_port: 8080 }],
+                host_ports: Vec::new(),
                 mac: MacAddr::derive(id.as_str()),
             }],
             access: Access {

@@ -14,6 +14,7 @@ pub mod gitlab;
 pub mod home;
 pub mod host;
 pub mod leaks;
+pub mod namespace;
 pub mod patience;
 pub mod pods;
 pub mod prerequisites;

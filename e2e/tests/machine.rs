@@ -13,7 +13,7 @@ use vmpod_machine::kvm::{self, Kvm};
 use vmpod_machine::qemu::Qemu;
 use vmpod_machine::{
     Adopted, Exec, ExitCause, ExitStatus, GuestError, GuestState, Machine, MachineError, MachineId, Machines,
-    MainCommand, Memory, Network, Offset, Signal, Spec, Started, State, StdStream, Waiting, Winsize,
+    MainCommand, Memory, Offset, Signal, Spec, Started, State, StdStream, Waiting, Winsize,
 };
 
 const PATIENCE: Duration = Duration::from_mins(2);
@@ -131,7 +131,7 @@ async fn the_ways_into_a_guest() -> Result<()> {
     stream.read_exact(&mut line).await?;
     assert_eq!(&line, b"hello\n");
     drop(stream);
-    let Network::User { address, .. } = machine.spec().networks[0].clone() else { bail!("another network") };
+    let address = machine.spec().networks[0].address();
     let again = connect(address, 8080).await?;
     assert_eq!(again, b"again\n");
     server.control.signal(Signal::Kill);

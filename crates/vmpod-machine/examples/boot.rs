@@ -49,6 +49,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
             address: loopback::allocate(&id, &machines.addresses()).ok_or("no address is left")?,
             ssh_port: 2222,
             forwards: Vec::new(),
+            host_ports: Vec::new(),
             mac,
         }],
         access: Access {

@@ -144,6 +144,9 @@ pub enum HypervisorError {
         /// The reason it gave.
         why: String,
     },
+    /// The host's side of its network.
+    #[error("can't give the machine its network")]
+    Network(#[from] vmpod_network::NetworkError),
     /// This host or backend can't do it.
     #[error("{0}")]
     Unsupported(String),

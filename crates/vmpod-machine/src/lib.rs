@@ -43,7 +43,7 @@ pub use lifecycle::{Exit, ExitCause, State};
 pub use machine::Machine;
 pub use machines::{Adopted, MachineError, Machines, SshKey};
 pub use spec::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, Memory, Network,
-    Protocol, Secret, Seed, Snapshot, Spec,
+    Accel, Access, Arch, Assigned, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, HostPort, MacAddr,
+    Memory, Network, Protocol, Secret, Seed, Snapshot, Spec,
 };
 pub use template::{Template, TemplateError, TemplateId, TemplateKey, Templates};

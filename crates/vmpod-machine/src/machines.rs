@@ -232,14 +232,12 @@ impl Machines {
         all
     }
 
-    /// The loopback addresses in use by known machines.
+    /// The addresses in use by known machines.
     #[must_use]
     pub fn addresses(&self) -> std::collections::BTreeSet<Ipv4Addr> {
         self.known()
             .values()
-            .flat_map(|entry| {
-                entry.machine.spec().networks.iter().map(|Network::User { address, .. }| *address).collect::<Vec<_>>()
-            })
+            .flat_map(|entry| entry.machine.spec().networks.iter().map(Network::address).collect::<Vec<_>>())
             .collect()
     }
 

@@ -28,7 +28,7 @@ use crate::console::Watch;
 use crate::directory::MachineDir;
 use crate::hypervisor::{Hypervisor, HypervisorError, Process};
 use crate::lifecycle::Exit;
-use crate::spec::{Accel, Arch, Boot, Firmware, Spec};
+use crate::spec::{Accel, Arch, Boot, Firmware, Network, Snapshot, Spec};
 
 mod args;
 mod process;
@@ -156,7 +156,7 @@ impl Hypervisor for Qemu {
         let program = self.program(spec.arch);
         let mut command = std::process::Command::new(program);
         command
-            .args(args(spec, code))
+            .args(args(spec, code, Path::new("/dev/vhost-net").exists()))
             .current_dir(dir.path())
             .stdin(Stdio::from(lock))
             .stdout(Stdio::from(log_too))
@@ -202,6 +202,12 @@ impl Hypervisor for Qemu {
                 });
             }
         };
+        if let Err(error) = attach(spec).await {
+            if let Some(child) = &mut child {
+                child.kill().await.map_err(HypervisorError::io("can't kill a process without a network"))?;
+            }
+            return Err(error.into());
+        }
         if let Err(error) = snapshot::restore(spec, dir, &qmp).await {
             if let Some(child) = &mut child {
                 child.kill().await.map_err(HypervisorError::io("can't kill a process that wasn't restored"))?;
@@ -223,7 +229,12 @@ impl Hypervisor for Qemu {
             // It may be an instant old, and not listening yet.
             let why = match tokio::time::timeout_at(deadline, Qmp::connect(dir, SOCKET)).await {
                 Ok(Ok(qmp)) => {
-                    // The agent that started it may have died before its guest was itself.
+                    // The agent that started it may have died before its interface had its bridge.
+                    if let Err(error) = attach(spec).await {
+                        let error = crate::machine::error_chain(&error);
+                        tracing::warn!(machine = %spec.id, error, "the running machine has no network");
+                    }
+                    // Or before its guest was itself.
                     snapshot::restore(spec, dir, &qmp).await?;
                     return Ok(Some(Box::new(QemuProcess::new(spec, dir, qmp, None).await?)));
                 }
@@ -270,6 +281,27 @@ impl Hypervisor for Qemu {
             }
         }
     }
+}
+
+/// Gives the machine's interfaces on this host their bridges.
+#[cfg(target_os = "linux")]
+async fn attach(spec: &Spec) -> Result<(), vmpod_network::NetworkError> {
+    if spec.snapshot == Some(Snapshot::Make) {
+        return Ok(());
+    }
+    for network in &spec.networks {
+        if let Network::Tap { interface, bridge, .. } = network {
+            vmpod_network::attach(interface, bridge).await?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+#[expect(clippy::unused_async, reason = "as where it can be done")]
+async fn attach(spec: &Spec) -> Result<(), vmpod_network::NetworkError> {
+    let taps = spec.networks.iter().any(|network| matches!(network, Network::Tap { .. }));
+    if taps { Err(vmpod_network::NetworkError::Unsupported) } else { Ok(()) }
 }
 
 /// The processor that a guest sees, as far as a snapshot depends on it.

@@ -31,7 +31,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use jiff::Timestamp;
 
-use crate::spec::{Network, Spec};
+use crate::spec::Spec;
 
 /// The name of the port inside the guest: `/sys/class/virtio-ports/*/name`.
 pub const PORT: &str = "vmpod.renew";
@@ -93,15 +93,12 @@ pub fn message(spec: &Spec, now: Timestamp, entropy: &[u8; ENTROPY]) -> String {
     if let Some(seed) = &spec.seed {
         text.add("hostname", &seed.hostname);
     }
-    match spec.networks.first() {
-        // QEMU's own network, where every guest has the same address.
-        Some(Network::User { mac, .. }) => {
-            text.add("mac", &mac.to_string());
-            for (word, value) in [("address", "10.0.2.15/24"), ("gateway", "10.0.2.2"), ("dns", "10.0.2.3")] {
-                text.add(word, value);
-            }
-        }
-        None => {}
+    if let Some(network) = spec.networks.first() {
+        let assigned = network.assigned();
+        text.add("mac", &network.mac().to_string());
+        text.add("address", &format!("{}/{}", assigned.address, assigned.prefix));
+        text.add("gateway", &assigned.gateway.to_string());
+        text.add("dns", &assigned.dns.to_string());
     }
     text.add("login", &spec.access.user);
     if let Some(seed) = &spec.seed {
@@ -137,7 +134,7 @@ mod tests {
 
     use super::*;
     use crate::spec::tests::spec;
-    use crate::{MacAddr, Seed};
+    use crate::{MacAddr, Network, Seed};
 
     fn with_seed(hostname: &str, key: &str, data: Option<&str>) -> Spec {
         let mut spec = spec("web-0");
@@ -153,6 +150,7 @@ mod tests {
             address: [127, 64, 0, 9].into(),
             ssh_port: 2222,
             forwards: Vec::new(),
+            host_ports: Vec::new(),
             mac: MacAddr::derive("web-0"),
         }];
         spec

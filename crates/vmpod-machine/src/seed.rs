@@ -15,7 +15,7 @@ use hadris_iso::write::{File, InputFiles, IsoImageWriter};
 use serde_json::{Value, json};
 
 use crate::directory::{MachineDir, write_whole};
-use crate::spec::{Network, Seed, Spec};
+use crate::spec::{Seed, Spec};
 
 /// The seed's file in a machine's directory.
 pub(crate) const FILE: &str = "seed.iso";
@@ -53,24 +53,25 @@ fn files(spec: &Spec, seed: &Seed) -> BTreeMap<&'static str, String> {
     if let Some(vendor) = &seed.vendor_data {
         files.insert("vendor-data", vendor.clone());
     }
-    if let Some(network) = seed.network_config.clone().or_else(|| user_network(spec).as_ref().map(lines)) {
+    if let Some(network) = seed.network_config.clone().or_else(|| network(spec).as_ref().map(lines)) {
         files.insert("network-config", network);
     }
     files
 }
 
-/// Network configuration for a guest on QEMU's own network, where every guest has the same fixed address: no guest
-/// need wait for DHCP. Version 2, see <https://docs.cloudinit.io/en/latest/reference/network-config-format-v2.html>.
-fn user_network(spec: &Spec) -> Option<Value> {
-    let [Network::User { mac, .. }] = spec.networks.as_slice() else { return None };
+/// Network configuration for a guest whose address is known before it boots: it need not wait for DHCP. Version 2, see
+/// <https://docs.cloudinit.io/en/latest/reference/network-config-format-v2.html>.
+fn network(spec: &Spec) -> Option<Value> {
+    let [network] = spec.networks.as_slice() else { return None };
+    let assigned = network.assigned();
     Some(json!({
         "version": 2,
         "ethernets": {
             "nic0": {
-                "match": {"macaddress": mac.to_string()},
-                "addresses": ["10.0.2.15/24"],
-                "gateway4": "10.0.2.2",
-                "nameservers": {"addresses": ["10.0.2.3"]},
+                "match": {"macaddress": network.mac().to_string()},
+                "addresses": [format!("{}/{}", assigned.address, assigned.prefix)],
+                "gateway4": assigned.gateway,
+                "nameservers": {"addresses": [assigned.dns]},
             }
         }
     }))

@@ -3,9 +3,11 @@
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+pub use vmpod_network::MacAddr;
+pub use vmpod_network::nat::{HostPort, Protocol};
 
 use crate::id::MachineId;
 
@@ -189,9 +191,80 @@ pub enum Network {
         ssh_port: u16,
         /// Further ports.
         forwards: Vec<Forward>,
+        /// Ports of this host that lead into the guest.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        host_ports: Vec<HostPort>,
         /// The interface's hardware address.
         mac: MacAddr,
     },
+    /// A port of a bridge of this host. The hypervisor makes the interface, and it goes with the hypervisor's process.
+    Tap {
+        /// The interface's name on this host.
+        interface: String,
+        /// The bridge.
+        bridge: String,
+        /// The address that was reserved for the guest.
+        address: Assigned,
+        /// The interface's hardware address inside the guest.
+        mac: MacAddr,
+        /// The name that the guest hears over DHCP.
+        hostname: String,
+        /// Whether other machines of the bridge are kept from it.
+        isolated: bool,
+        /// Ports of this host that lead into the guest. Whoever keeps the bridge forwards them.
+        host_ports: Vec<HostPort>,
+    },
+}
+
+impl Network {
+    /// The address under which the machine is known: a loopback address of this host, or the guest's own.
+    #[must_use]
+    pub fn address(&self) -> Ipv4Addr {
+        match self {
+            Self::User { address, .. } => *address,
+            Self::Tap { address, .. } => address.address,
+        }
+    }
+
+    /// The hardware address inside the guest.
+    #[must_use]
+    pub fn mac(&self) -> MacAddr {
+        match self {
+            Self::User { mac, .. } | Self::Tap { mac, .. } => *mac,
+        }
+    }
+
+    /// What the guest is told to configure.
+    #[must_use]
+    pub fn assigned(&self) -> Assigned {
+        match self {
+            Self::User { .. } => Assigned::USER,
+            Self::Tap { address, .. } => *address,
+        }
+    }
+}
+
+/// An address that a guest is to have, known before it boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assigned {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// The number of bits that the addresses of its network share.
+    pub prefix: u8,
+    /// The way out.
+    pub gateway: Ipv4Addr,
+    /// Who knows names.
+    pub dns: Ipv4Addr,
+}
+
+impl Assigned {
+    /// What every guest has on QEMU's own network (<https://wiki.qemu.org/Documentation/Networking>).
+    pub const USER: Self = Self {
+        address: Ipv4Addr::new(10, 0, 2, 15),
+        prefix: 24,
+        gateway: Ipv4Addr::new(10, 0, 2, 2),
+        dns: Ipv4Addr::new(10, 0, 2, 3),
+    };
 }
 
 /// A port of the machine's loopback address that leads into the guest.
@@ -203,89 +276,6 @@ pub struct Forward {
     pub host_port: u16,
     /// Port in the guest.
     pub guest_port: u16,
-}
-
-/// A transport protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// TCP.
-    Tcp,
-    /// UDP.
-    Udp,
-}
-
-/// An Ethernet address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct MacAddr([u8; 6]);
-
-/// Why a text is no [`MacAddr`].
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("\"{0}\" is no hardware address: six two-digit hexadecimal octets with ':' between are wanted")]
-pub struct InvalidMac(String);
-
-impl MacAddr {
-    /// An address from its octets.
-    #[must_use]
-    pub const fn new(octets: [u8; 6]) -> Self {
-        Self(octets)
-    }
-
-    /// The address that belongs to `name` (a pod's UID, say): locally administered, unicast, always the same.
-    #[must_use]
-    pub fn derive(name: &str) -> Self {
-        let id = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_URL, format!("vmpod:mac:{name}").as_bytes());
-        let mut octets = [0x02; 6];
-        octets[1..].copy_from_slice(&id.as_bytes()[..5]);
-        Self(octets)
-    }
-
-    /// The octets.
-    #[must_use]
-    pub const fn octets(self) -> [u8; 6] {
-        self.0
-    }
-}
-
-impl fmt::Display for MacAddr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, octet) in self.0.iter().enumerate() {
-            let colon = if index == 0 { "" } else { ":" };
-            write!(f, "{colon}{octet:02x}")?;
-        }
-        Ok(())
-    }
-}
-
-impl FromStr for MacAddr {
-    type Err = InvalidMac;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let bad = || InvalidMac(text.to_owned());
-        let mut octets = [0; 6];
-        let mut parts = text.split(':');
-        for octet in &mut octets {
-            let part =
-                parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit())).ok_or_else(bad)?;
-            *octet = u8::from_str_radix(part, 16).map_err(|_| bad())?;
-        }
-        if parts.next().is_some() { Err(bad()) } else { Ok(Self(octets)) }
-    }
-}
-
-impl TryFrom<String> for MacAddr {
-    type Error = InvalidMac;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        text.parse()
-    }
-}
-
-impl From<MacAddr> for String {
-    fn from(mac: MacAddr) -> Self {
-        mac.to_string()
-    }
 }
 
 /// A text that must not be printed.
@@ -421,15 +411,24 @@ impl Spec {
             // Its interfaces lead nowhere, and the address is that of another machine.
             return None;
         }
-        let Network::User { address, ssh_port, .. } = self.networks.first()?;
-        Some((*address, *ssh_port).into())
+        match self.networks.first()? {
+            Network::User { address, ssh_port, .. } => Some((*address, *ssh_port).into()),
+            Network::Tap { address, .. } => Some((address.address, self.access.port).into()),
+        }
+    }
+
+    /// The guest's own address, where this host reaches each of its ports.
+    #[must_use]
+    pub fn reachable(&self) -> Option<Ipv4Addr> {
+        match self.networks.first()? {
+            Network::User { .. } => None,
+            Network::Tap { address, .. } => Some(address.address),
+        }
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
     /// A machine that boots a kernel, for the tests of this crate.
@@ -451,29 +450,6 @@ pub(crate) mod tests {
             access: Access { user: "root".to_owned(), auth: Auth::Key("key".into()), ready_marker: None, port: 22 },
             accel: Accel::Tcg,
             snapshot: None,
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn a_mac_survives_its_text(octets in any::<[u8; 6]>()) {
-            let mac = MacAddr::new(octets);
-            prop_assert_eq!(mac.to_string().parse::<MacAddr>().unwrap(), mac);
-        }
-
-        #[test]
-        fn a_derived_mac_is_local_and_unicast(name in "\\PC*") {
-            prop_assert_eq!(MacAddr::derive(&name).octets()[0] & 0b11, 0b10);
-            prop_assert_eq!(MacAddr::derive(&name), MacAddr::derive(&name));
-        }
-    }
-
-    #[test]
-    fn malformed_macs_are_refused() {
-        for bad in
-            ["", "02:00:00:00:00", "02:00:00:00:00:00:00", "2:0:0:0:0:0", "zz:00:00:00:00:00", "02-00-00-00-00-00"]
-        {
-            assert!(bad.parse::<MacAddr>().is_err(), "{bad:?}");
         }
     }
 

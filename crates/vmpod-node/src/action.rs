@@ -1,7 +1,8 @@
 //! What probes and lifecycle hooks do: run a command in the guest or in a container beside it, or ask one of its ports.
 //!
-//! A guest's ports are reached through the connection to the guest, at the guest's own loopback: the forwarded ports of a `user` network
-//! take connections whether or not anything in the guest listens, so that asking them would prove nothing.
+//! A guest with an address of its own is asked there, as the kubelet asks pods. On a `user` network its ports are reached through
+//! the connection to the guest, at the guest's own loopback: the forwarded ports take connections whether or not anything in the
+//! guest listens, so that asking them would prove nothing.
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
@@ -24,7 +25,7 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_util::task::AbortOnDropHandle;
-use vmpod_machine::{Exec, Guest, Signal};
+use vmpod_machine::{Exec, Guest, Machine, Signal};
 
 use crate::{docker::Docker, error_chain, run_config::RunConfig, server::Duplex};
 
@@ -71,13 +72,16 @@ impl<'a> Action<'a> {
 /// Where something is done.
 #[derive(Clone)]
 pub(crate) enum Where {
-    Guest(Guest),
+    /// A machine's guest, and its own address when this host reaches all of its ports there.
+    Guest { guest: Guest, address: Option<Ipv4Addr> },
     /// A container beside the machine, and the address at which its ports are.
-    Container {
-        docker: Docker,
-        id: String,
-        address: Option<Ipv4Addr>,
-    },
+    Container { docker: Docker, id: String, address: Option<Ipv4Addr> },
+}
+
+impl Where {
+    pub(crate) fn guest(machine: &Machine) -> Self {
+        Self::Guest { guest: machine.guest(), address: machine.spec().reachable() }
+    }
 }
 
 /// Where it is done, and for which container.
@@ -118,7 +122,11 @@ impl Place<'_> {
     async fn connect(&self, port: &IntOrString) -> Result<Box<dyn Duplex>, String> {
         let port = self.port(port)?;
         match self.at {
-            Where::Guest(guest) => {
+            Where::Guest { address: Some(address), .. } => {
+                let stream = TcpStream::connect((*address, port)).await.map_err(|error| error.to_string())?;
+                Ok(Box::new(stream))
+            }
+            Where::Guest { guest, address: None } => {
                 let stream = guest.forward(port).await.map_err(|error| error_chain(&error))?;
                 Ok(Box::new(stream))
             }
@@ -148,7 +156,7 @@ impl Place<'_> {
 
     async fn exec(&self, exec: &ExecAction) -> Result<(), String> {
         let guest = match self.at {
-            Where::Guest(guest) => guest,
+            Where::Guest { guest, .. } => guest,
             Where::Container { docker, id, .. } => {
                 let command = exec.command.clone().unwrap_or_default();
                 let (code, said) = docker.output(id, command, OUTPUT).await.map_err(|error| error.to_string())?;

@@ -8,6 +8,7 @@ use vmpod_api::annotations;
 
 use crate::{
     action::Action,
+    network::NetworkMode,
     pod::{self, Requests},
     probe::Purpose,
     sidecars,
@@ -39,7 +40,9 @@ pub(crate) struct Room {
 }
 
 /// Decides by what the pod itself asks of a node agent like this one.
-pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
+///
+/// `privileged` says that the agent may change the host's network.
+pub(crate) fn supported(pod: &Pod, privileged: bool) -> Result<(), Refusal> {
     let Some(spec) = pod::spec(pod) else {
         return Err(Refusal::new("InvalidPod", "The Pod has no spec"));
     };
@@ -67,13 +70,23 @@ pub(crate) fn supported(pod: &Pod) -> Result<(), Refusal> {
             "hostNetwork makes no sense for a virtual machine: it has a network of its own",
         ));
     }
-    match pod::annotation(pod, annotations::NETWORK) {
-        None | Some("user") => {}
-        Some(other) => {
-            return Err(Refusal::new(
-                "NetworkUnsupported",
-                format!("Annotation {}={other:?}: only \"user\" is supported yet", annotations::NETWORK),
+    let refuse = |why: String| Err(Refusal::new("NetworkUnsupported", why));
+    match NetworkMode::asked(pod) {
+        Ok(Some(NetworkMode::Nat)) if sidecars::any(pod) => {
+            return refuse(format!(
+                "Annotation {}=\"nat\": a machine with containers beside it is on the network \"user\"",
+                annotations::NETWORK
             ));
+        }
+        Ok(Some(NetworkMode::Nat)) if !privileged => {
+            return refuse(format!(
+                "Annotation {}=\"nat\" needs a node agent on Linux that runs as root",
+                annotations::NETWORK
+            ));
+        }
+        Ok(_) => {}
+        Err(other) => {
+            return refuse(format!("Annotation {}={other:?}: it takes \"user\" or \"nat\"", annotations::NETWORK));
         }
     }
     if let Err(other) = Start::of(pod) {
@@ -315,9 +328,12 @@ mod tests {
     fn what_is_not_built_is_refused_by_name() {
         let container = json!({"name": "vm"});
         assert_eq!(
-            supported(&pod(
-                json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "projected": {"sources": []}}]})
-            )),
+            supported(
+                &pod(
+                    json!({"containers": [container], "volumes": [{"name": "kube-api-access-x", "projected": {"sources": []}}]})
+                ),
+                true
+            ),
             Ok(())
         );
         for (spec, want) in [
@@ -339,7 +355,28 @@ mod tests {
             ),
             (json!({"containers": [container], "hostNetwork": true}), "FieldUnsupported"),
         ] {
-            assert_eq!(reason(supported(&pod(spec.clone()))), Some(want), "{spec}");
+            assert_eq!(reason(supported(&pod(spec.clone()), true)), Some(want), "{spec}");
+        }
+    }
+
+    #[test]
+    fn networks_that_cannot_be_had_are_refused_by_name() {
+        let asks = |network: &str, containers: Value| {
+            let mut pod = pod(json!({"containers": containers}));
+            pod.metadata.annotations = Some([(annotations::NETWORK.to_owned(), network.to_owned())].into());
+            pod
+        };
+        let (alone, hybrid) = (json!([{"name": "vm"}]), json!([{"name": "vm"}, {"name": "a", "image": "i"}]));
+        assert_eq!(supported(&asks("nat", alone.clone()), true), Ok(()));
+        assert_eq!(supported(&asks("user", hybrid.clone()), false), Ok(()));
+        for (pod, privileged, why) in [
+            (asks("nat", alone.clone()), false, "runs as root"),
+            (asks("nat", hybrid), true, "is on the network \"user\""),
+            (asks("bridge:eth0", alone), true, "it takes \"user\" or \"nat\""),
+        ] {
+            let refusal = supported(&pod, privileged).unwrap_err();
+            assert_eq!(refusal.reason, "NetworkUnsupported");
+            assert!(refusal.message.contains(why), "{}", refusal.message);
         }
     }
 

@@ -23,6 +23,7 @@ mod host;
 mod image_gc;
 mod image_pull;
 pub mod logs;
+mod network;
 mod node;
 mod options;
 mod plain;
@@ -50,6 +51,7 @@ mod world;
 
 pub use holders::{holder_scope, release_all};
 pub use image_gc::{ImageGc, ImageRoom};
+pub use network::NetworkMode;
 pub use node::{Node, NodeError};
 pub use options::{Capacity, Kubelet, MachineDefaults, Options, Registries};
 pub use plain::{PlainMachine, plain_machine};

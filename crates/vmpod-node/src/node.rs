@@ -18,6 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use vmpod_machine::{Adopted, FaultPoints, MachineError, MachineId, TemplateError};
+use vmpod_network::nat::Nat;
 
 use crate::{
     Options,
@@ -28,7 +29,7 @@ use crate::{
     holders,
     host::Host,
     image_gc::{self, ImageGc, ImageRoom},
-    limited,
+    limited, network,
     plan::MachineSeen,
     pod::{PodUid, Requests},
     prefetch,
@@ -142,6 +143,12 @@ impl Node {
         }
         Snapshots::remove_makers(&options.machines, left.machines.iter().map(|(id, _)| id.clone())).await;
         left.machines.retain(|(id, _)| !snapshots::makes(id));
+        let root = rustix::process::geteuid().is_root();
+        let privileged = root && cfg!(target_os = "linux");
+        let nat = Nat::new(options.nat);
+        if privileged {
+            take_over_network(&nat, &options.machines).await;
+        }
         let capacity = options.capacity;
         let allocatable = Requests {
             millicpus: capacity.allocatable_millicpus(),
@@ -186,8 +193,10 @@ impl Node {
             registries: options.registries,
             records,
             faults,
-            low_ports: rustix::process::geteuid().is_root(),
-            ledger: Ledger::new(allocatable, capacity.pods),
+            low_ports: root,
+            ledger: Ledger::new(allocatable, capacity.pods).with_nat(nat.config().subnet, privileged),
+            nat,
+            network: options.network,
             engine: Engine::new(Docker::new(&options.docker_host, &scope)),
             scope,
             probes: Counts::default(),
@@ -390,10 +399,10 @@ impl Node {
     fn remove_orphans(&mut self, orphans: HashMap<PodUid, Vec<MachineId>>, removals: &mut JoinSet<()>) {
         for (uid, ids) in orphans {
             let (world, removed) = (Arc::clone(&self.world), CancellationToken::new());
-            self.removing.insert(uid, removed.clone());
+            self.removing.insert(uid.clone(), removed.clone());
             removals.spawn(async move {
                 for id in ids {
-                    remove_orphan(&world, &id).await;
+                    remove_orphan(&world, &uid, &id).await;
                 }
                 removed.cancel();
             });
@@ -497,6 +506,18 @@ impl Node {
     }
 }
 
+/// Serves the machines that are on the host's own network, or removes what is left of it.
+async fn take_over_network(nat: &Nat, machines: &vmpod_machine::Machines) {
+    let running = machines.list().into_iter().filter(|machine| machine.state().borrow().is_live());
+    let reserved = running.filter_map(|machine| {
+        let (uid, _) = PodUid::of_machine(machine.id())?;
+        network::reservation(nat.config(), &uid, &machine.spec().networks)
+    });
+    if let Err(error) = nat.restore(reserved.collect()).await {
+        tracing::warn!(error = error_chain(&error), "the machines' network can't be taken over");
+    }
+}
+
 /// Removes containers and networks of pods that are here no more.
 async fn remove_leftovers(world: Arc<World>) {
     let mut wait = Duration::from_secs(1);
@@ -521,14 +542,10 @@ async fn remove_leftovers(world: Arc<World>) {
     }
 }
 
-async fn remove_orphan(world: &World, id: &MachineId) {
+async fn remove_orphan(world: &World, uid: &PodUid, id: &MachineId) {
     tracing::info!(machine = %id, "no pod has this machine any more: removing it");
     let mut wait = Duration::from_secs(1);
-    let remove = || async {
-        world.machines.remove(id, true).await.map_err(|error| error_chain(&error))?;
-        world.release(id).await
-    };
-    while let Err(error) = remove().await {
+    while let Err(error) = world.remove(uid, id).await {
         tracing::warn!(machine = %id, error, "can't remove the machine; trying again");
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(Duration::from_secs(30));

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::Taint;
 use vmpod_image::{Credentials, Mirror, SignaturePolicy, Store};
 use vmpod_machine::{Accel, Machines, Memory};
 
-use crate::image_gc::ImageGc;
+use crate::{image_gc::ImageGc, network::NetworkMode};
 
 /// Everything [`Node::open`](crate::Node::open) needs.
 pub struct Options {
@@ -48,6 +48,10 @@ pub struct Options {
     pub taints: Vec<Taint>,
     /// The Docker API that runs the containers beside machines (`unix:///var/run/docker.sock`); empty for none.
     pub docker_host: String,
+    /// The network of pods that name none.
+    pub network: NetworkMode,
+    /// The host's own network for machines.
+    pub nat: vmpod_network::nat::Config,
     /// Whether machines go on when the agent is told to stop.
     pub keep_vms: bool,
     /// Bytes that memory snapshots of images may take; none turns them off.

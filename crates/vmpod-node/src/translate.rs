@@ -13,6 +13,7 @@ use vmpod_machine::{
 };
 
 use crate::{
+    network,
     options::MachineDefaults,
     pod::{self, PodUid},
     quantity::Nanos,
@@ -89,6 +90,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) host: Option<Arch>,
     /// Whether ports below 1024 can be forwarded.
     pub(crate) low_ports: bool,
+    /// The host's own network, when the machine is to be on it.
+    pub(crate) nat: Option<&'a vmpod_network::nat::Config>,
 }
 
 /// The port at a machine's address that leads to its SSH server, unless the pod wants it for itself.
@@ -114,7 +117,19 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         Architecture::Amd64 => Arch::Amd64,
         Architecture::Arm64 => Arch::Arm64,
     };
-    let (ssh_port, forwards) = ports(parts.container, parts.low_ports);
+    let network = match parts.nat {
+        Some(nat) => network::tap(nat, &parts.id, parts.uid, parts.pod, parts.address),
+        None => {
+            let (ssh_port, forwards) = ports(parts.container, parts.low_ports);
+            Network::User {
+                address: parts.address,
+                ssh_port,
+                forwards,
+                host_ports: network::host_ports(parts.container),
+                mac: MacAddr::derive(parts.uid.as_str()),
+            }
+        }
+    };
     Ok(Spec {
         seed: seeded.then(|| Seed {
             instance_id: parts.id.to_string(),
@@ -151,12 +166,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
                 },
             })
             .collect(),
-        networks: vec![Network::User {
-            address: parts.address,
-            ssh_port,
-            forwards,
-            mac: MacAddr::derive(parts.uid.as_str()),
-        }],
+        networks: vec![network],
         access: Access {
             user: guest.user.clone(),
             auth,
@@ -256,6 +266,7 @@ mod tests {
             accel: Accel::Kvm,
             host: Some(Arch::Amd64),
             low_ports,
+            nat: None,
         })
     }
 

@@ -377,7 +377,9 @@ impl Worker {
             Ok(outcome) => outcome,
             Err(failure) => return self.failed(job, failure),
         };
-        self.trouble = None;
+        // What is left of a failed preparation goes at once; that isn't the preparation's success.
+        let kept = |(trouble, _): &(Trouble, Timestamp)| job == Job::Remove && trouble.job == Job::Prepare;
+        self.trouble = self.trouble.take().filter(kept);
         self.failures.remove(&job);
         match outcome {
             Outcome::Resolved { image, run } => {

@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use tokio::sync::watch;
 use vmpod_image::Store;
 use vmpod_machine::{Accel, FaultPoints, Machine, MachineId, Machines, loopback};
+use vmpod_network::{Subnet, nat::Nat};
 
 use crate::{
     admit::{self, Refusal, Room},
@@ -19,6 +20,7 @@ use crate::{
     events::Events,
     holders,
     logs::Live,
+    network::{self, NetworkMode},
     options::{MachineDefaults, Registries},
     pod::{PodUid, Requests},
     prober::Counts,
@@ -45,6 +47,9 @@ pub(crate) struct World {
     pub(crate) faults: FaultPoints,
     pub(crate) low_ports: bool,
     pub(crate) ledger: Ledger,
+    /// The host's own network for machines, and which one pods get that name none.
+    pub(crate) nat: Nat,
+    pub(crate) network: NetworkMode,
     /// None where memory snapshots are turned off.
     pub(crate) snapshots: Option<Snapshots>,
     /// What runs the containers beside machines.
@@ -93,6 +98,27 @@ impl World {
         Facts { host_ip: self.address.to_string(), pod_ip: address.to_string(), allocatable: self.ledger.allocatable() }
     }
 
+    /// The address of a pod's machines; none when all are in use.
+    pub(crate) fn address(&self, uid: &PodUid, pod: &Pod, attempt: u32) -> Option<Ipv4Addr> {
+        let mode = NetworkMode::of(pod, self.network);
+        self.ledger.address(uid, &uid.machine(attempt), mode, &self.machines.addresses())
+    }
+
+    /// The machine's place on the host's own network is ready for it, when it is to be there.
+    pub(crate) async fn reserve(&self, uid: &PodUid, networks: &[vmpod_machine::Network]) -> Result<(), String> {
+        let Some(reservation) = network::reservation(self.nat.config(), uid, networks) else { return Ok(()) };
+        self.nat.reserve(reservation).await.map_err(|error| error_chain(&error))
+    }
+
+    /// Removes a machine, its place on the host's network and its hold on its image.
+    pub(crate) async fn remove(&self, uid: &PodUid, id: &MachineId) -> Result<(), String> {
+        self.machines.remove(id, true).await.map_err(|error| error_chain(&error))?;
+        self.faults.hit("node: machine removed").await;
+        self.nat.release(uid.as_str()).await.map_err(|error| error_chain(&error))?;
+        self.faults.hit("node: network released").await;
+        self.release(id).await
+    }
+
     /// The name under which a machine holds its image.
     pub(crate) fn holder(&self, id: &MachineId) -> String {
         holders::holder(id, &self.scope)
@@ -122,6 +148,10 @@ impl World {
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     inner: Mutex<Book>,
+    /// The agent may change the host's network.
+    privileged: bool,
+    /// The addresses of the host's own network.
+    subnet: Option<Subnet>,
 }
 
 #[derive(Debug, Default)]
@@ -135,7 +165,12 @@ struct Book {
 
 impl Ledger {
     pub(crate) fn new(allocatable: Requests, most_pods: u32) -> Self {
-        Self { inner: Mutex::new(Book { allocatable, most_pods, ..Book::default() }) }
+        Self { inner: Mutex::new(Book { allocatable, most_pods, ..Book::default() }), ..Self::default() }
+    }
+
+    /// With a network of the host's own, whose addresses these are.
+    pub(crate) fn with_nat(self, subnet: Subnet, privileged: bool) -> Self {
+        Self { privileged, subnet: Some(subnet), ..self }
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -172,7 +207,7 @@ impl Ledger {
     ///
     /// `no_engine` is why no containers can run beside machines here.
     pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str, no_engine: Option<String>) -> Result<(), Refusal> {
-        admit::supported(pod)?;
+        admit::supported(pod, self.privileged)?;
         admit::company(pod, no_engine)?;
         let mut book = self.book();
         let used = book.admitted.iter().filter(|(other, _)| *other != uid);
@@ -189,14 +224,23 @@ impl Ledger {
         Ok(())
     }
 
-    /// The pod's address: the one it has, else a free one.
-    pub(crate) fn address(&self, uid: &PodUid, machine: &MachineId, foreign: &BTreeSet<Ipv4Addr>) -> Option<Ipv4Addr> {
+    /// The pod's address: the one it has, else a free one of its network.
+    pub(crate) fn address(
+        &self,
+        uid: &PodUid,
+        machine: &MachineId,
+        mode: NetworkMode,
+        foreign: &BTreeSet<Ipv4Addr>,
+    ) -> Option<Ipv4Addr> {
         let mut book = self.book();
         if let Some(address) = book.addresses.get(uid) {
             return Some(*address);
         }
         let used: BTreeSet<_> = book.addresses.values().chain(foreign).copied().collect();
-        let address = loopback::allocate(machine, &used)?;
+        let address = match mode {
+            NetworkMode::User => loopback::allocate(machine, &used)?,
+            NetworkMode::Nat => self.subnet?.allocate(uid.as_str(), &used)?,
+        };
         book.addresses.insert(uid.clone(), address);
         Some(address)
     }
@@ -226,14 +270,14 @@ mod tests {
         ledger.admit(&a, &pod, "n", None).unwrap();
         ledger.admit(&a, &pod, "n", None).unwrap();
         assert_eq!(ledger.admit(&b, &pod, "n", None).unwrap_err().reason, "OutOfmemory");
-        let none = BTreeSet::new();
-        let first = ledger.address(&a, &a.machine(0), &none).unwrap();
+        let (user, none) = (NetworkMode::User, BTreeSet::new());
+        let first = ledger.address(&a, &a.machine(0), user, &none).unwrap();
         assert_eq!(
-            ledger.address(&a, &a.machine(1), &none),
+            ledger.address(&a, &a.machine(1), user, &none),
             Some(first),
             "an address belongs to the pod, not to its machine"
         );
-        let taken = BTreeSet::from([ledger.address(&b, &b.machine(0), &none).unwrap()]);
+        let taken = BTreeSet::from([ledger.address(&b, &b.machine(0), user, &none).unwrap()]);
         assert!(!taken.contains(&first));
         ledger.release(&a);
         ledger.admit(&b, &pod, "n", None).unwrap();

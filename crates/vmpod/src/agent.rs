@@ -57,6 +57,12 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
         labels: args.object.node_label.iter().map(|label| (label.key.clone(), label.value.clone())).collect(),
         taints: args.object.taint.clone(),
         docker_host: args.docker.docker_host.clone(),
+        network: args.network.network.into(),
+        nat: vmpod_network::nat::Config {
+            bridge: args.network.nat_bridge.clone(),
+            subnet: args.network.nat_subnet,
+            host: std::fs::read_to_string("/etc/machine-id").unwrap_or_default().trim().to_owned(),
+        },
         keep_vms: args.keep_vms,
         snapshot_budget: Some(args.snapshots.bytes).filter(|bytes| *bytes > 0),
         shutdown_grace: args.shutdown_grace,

@@ -5,6 +5,7 @@
 
 mod api;
 mod gitlab_executor;
+mod network;
 mod node;
 pub(crate) mod values;
 
@@ -16,6 +17,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) use api::{Api, ApiCommand, Token, TokenCommand, TokenCreate};
 pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
+pub(crate) use network::Network;
 pub(crate) use node::{DockerHost, Node, NodeObject};
 pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
 
@@ -208,6 +210,8 @@ pub(crate) struct NodeMachines {
     /// How long machines may take to shut down when this process ends
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = values::duration)]
     pub(crate) shutdown_grace: std::time::Duration,
+    #[command(flatten)]
+    pub(crate) network: Network,
     #[command(flatten)]
     pub(crate) docker: DockerHost,
     /// What executes the guests [default: KVM or Hypervisor.framework where it works, else software]
@@ -738,6 +742,8 @@ pub(crate) struct Registry {
 pub(crate) struct Doctor {
     #[command(flatten)]
     pub(crate) qemu: Qemu,
+    #[command(flatten)]
+    pub(crate) network: Network,
     #[command(flatten)]
     pub(crate) docker: DockerHost,
     /// The port of the Kubernetes API that should be free

@@ -13,6 +13,8 @@ use tokio::process::Command;
 use vmpod_machine::kvm::{self, Kvm};
 use vmpod_machine::qemu::Qemu;
 
+mod nat;
+
 use crate::agent::{self, Host};
 use crate::args::{self, Format};
 use crate::home::Home;
@@ -82,6 +84,7 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
     checks.push(check_port("api port", args.api_port, "--api-port", own));
     checks.push(check_port("kubelet port", args.kubelet.kubelet_port, "--kubelet-port", own));
     checks.push(check_loopback());
+    checks.extend(nat::check(&args.network.nat_bridge));
     checks.push(check_files(getrlimit(Resource::Nofile).current));
     checks.push(check_docker(&args.docker.docker_host));
     spinner.clear();

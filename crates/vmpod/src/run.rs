@@ -68,6 +68,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         reserve_memory: None,
         // It would be gone before anybody could use it.
         snapshots: args::Size { bytes: 0, quantity: "0".to_owned() },
+        network: args::Network::default(),
         docker: args::DockerHost::default(),
         shutdown_grace: GRACE,
         accel: None,

@@ -13,9 +13,10 @@ use crate::{renewal, seed, template};
 /// The arguments of the QEMU process for `spec`.
 ///
 /// The process's working directory is the machine's directory; sockets and our own files are named relative to it, which
-/// also keeps socket paths under the kernel's 108 bytes. `firmware` is the UEFI code, when the machine boots by UEFI.
+/// also keeps socket paths under the kernel's 108 bytes. `firmware` is the UEFI code, when the machine boots by UEFI. `vhost` says
+/// that the kernel can move a bridge's packets itself.
 #[must_use]
-pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
+pub fn args(spec: &Spec, firmware: Option<&Path>, vhost: bool) -> Vec<OsString> {
     let mut line = Line(Vec::new());
     line.add("-name", spec.id.as_str());
     line.add("-uuid", spec.id.uuid().to_string());
@@ -57,15 +58,24 @@ pub fn args(spec: &Spec, firmware: Option<&Path>) -> Vec<OsString> {
             continue;
         }
         match network {
-            Network::User { address, ssh_port, forwards, mac } => {
+            Network::User { address, ssh_port, forwards, host_ports, .. } => {
                 let ssh = Forward { protocol: Protocol::Tcp, host_port: *ssh_port, guest_port: spec.access.port };
                 let ports: Vec<_> =
                     std::iter::once(&ssh).chain(forwards).map(|port| forward(*address, *port)).collect();
-                line.add("-netdev", format!("user,id=net{index}{}", ports.concat()));
-                // Without its ROM: nobody boots from this network, and loading it takes time.
-                line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={mac},romfile="));
+                let hosts = host_ports.iter().map(|port| {
+                    let inside =
+                        Forward { protocol: port.protocol, host_port: port.host_port, guest_port: port.guest_port };
+                    forward(port.host.unwrap_or(Ipv4Addr::UNSPECIFIED), inside)
+                });
+                line.add("-netdev", format!("user,id=net{index}{}{}", ports.concat(), hosts.collect::<String>()));
+            }
+            Network::Tap { interface, .. } => {
+                let vhost = if vhost { ",vhost=on" } else { "" };
+                line.add("-netdev", format!("tap,id=net{index},ifname={interface},script=no,downscript=no{vhost}"));
             }
         }
+        // Without its ROM: nobody boots from this network, and loading it takes time.
+        line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile=", network.mac()));
     }
     if spec.template().is_some() {
         line.add("-incoming", "defer");
@@ -205,11 +215,12 @@ fn disks(line: &mut Line, spec: &Spec) {
 mod tests {
     use super::*;
     use crate::spec::tests::spec;
+    use crate::spec::{Assigned, HostPort};
     use crate::{Cpus, Disk, MacAddr, Memory, Seed};
 
     fn show(spec: &Spec, firmware: Option<&Path>) -> String {
         let mut text = String::new();
-        for argument in args(spec, firmware) {
+        for argument in args(spec, firmware, true) {
             let argument = argument.into_string().unwrap();
             text.push_str(if argument.starts_with('-') { "\n" } else { " " });
             text.push_str(&argument);
@@ -239,6 +250,7 @@ mod tests {
                 Forward { protocol: Protocol::Tcp, host_port: 8080, guest_port: 80 },
                 Forward { protocol: Protocol::Udp, host_port: 53, guest_port: 53 },
             ],
+            host_ports: vec![HostPort { protocol: Protocol::Tcp, host: None, host_port: 9000, guest_port: 90 }],
             mac: MacAddr::derive("tiny-0"),
         }];
         let text = show(&spec, None);
@@ -276,10 +288,11 @@ mod tests {
             address: [127, 64, 0, 9].into(),
             ssh_port: 2222,
             forwards: Vec::new(),
+            host_ports: Vec::new(),
             mac: MacAddr::derive("tiny-0"),
         }];
         let devices = |spec: &Spec| -> Vec<String> {
-            let all = args(spec, None);
+            let all = args(spec, None, true);
             all.windows(2)
                 .filter(|pair| pair[0] == "-device")
                 .map(|pair| pair[1].to_string_lossy().split(',').next().unwrap().to_owned())
@@ -293,6 +306,29 @@ mod tests {
         assert!(!base.contains("hostfwd") && base.contains("mem-path=ram,share=on"), "{base}");
         assert!(!copy.contains("-kernel") && copy.contains("mem-path=/t,,1/ram,share=off"), "{copy}");
         insta::assert_snapshot!(copy);
+    }
+
+    #[test]
+    fn a_port_of_a_bridge() {
+        let mut spec = spec("tiny-0");
+        spec.networks = vec![Network::Tap {
+            interface: "vmp0123456789a".to_owned(),
+            bridge: "vmpod0".to_owned(),
+            address: Assigned {
+                address: [10, 201, 0, 7].into(),
+                prefix: 16,
+                gateway: [10, 201, 0, 1].into(),
+                dns: [10, 201, 0, 1].into(),
+            },
+            mac: MacAddr::derive("tiny-0"),
+            hostname: "tiny".to_owned(),
+            isolated: false,
+            host_ports: Vec::new(),
+        }];
+        let text = show(&spec, None);
+        let wanted = "-netdev tap,id=net0,ifname=vmp0123456789a,script=no,downscript=no,vhost=on\n-device virtio-net-pci,netdev=net0,mac=";
+        assert!(text.contains(wanted), "{text}");
+        assert_eq!(spec.ssh_address(), Some(([10, 201, 0, 7], 22).into()));
     }
 
     #[test]

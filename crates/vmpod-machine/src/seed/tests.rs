@@ -1,6 +1,7 @@
 use std::process::Command;
 
 use super::*;
+use crate::Network;
 use crate::spec::tests::spec;
 use crate::{MacAddr, MachineId};
 
@@ -32,6 +33,7 @@ fn a_guest_on_the_user_network_is_told_its_address() {
         address: [127, 64, 0, 1].into(),
         ssh_port: 22,
         forwards: vec![],
+        host_ports: Vec::new(),
         mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
     }];
     insta::assert_snapshot!(files(&spec, &seed())["network-config"]);

@@ -155,11 +155,10 @@ impl Worker {
             return Flow::Stuck;
         }
         let number = record.next_attempt();
-        let foreign = self.world.machines.addresses();
         let mut next = record.clone();
         next.address = match &self.crew {
             Some(crew) => crew.view().borrow().company.address,
-            None => self.world.ledger.address(&self.uid, &self.uid.machine(number), &foreign),
+            None => self.pod.as_deref().and_then(|pod| self.world.address(&self.uid, pod, number)),
         };
         next.previous = next.attempt.take().and_then(|attempt| attempt.ended).or(next.previous);
         next.attempt = Some(Attempt {
@@ -175,6 +174,7 @@ impl Worker {
         let flow = self.store("attempt begun", next).await;
         if matches!(flow, Flow::On) {
             self.resolved = None;
+            self.trouble = None;
             self.local = Local::default();
             // What can be asked for is the log of this attempt and of the one before it.
             let container =

@@ -54,10 +54,9 @@ impl Worker {
     fn resolve(&self) -> Option<Work> {
         let (world, pod) = (Arc::clone(&self.world), self.pod.clone()?);
         let number = self.record.as_ref()?.next_attempt();
-        let foreign = world.machines.addresses();
         let address = match &self.crew {
             Some(crew) => crew.view().borrow().company.address,
-            None => world.ledger.address(&self.uid, &self.uid.machine(number), &foreign),
+            None => world.address(&self.uid, &pod, number),
         };
         let beside = self.crew.as_ref().and_then(|crew| crew.view().borrow().containers);
         Some(Box::pin(async move {
@@ -136,6 +135,7 @@ impl Worker {
                 accel: world.accel,
                 host: Arch::host(),
                 low_ports: world.low_ports,
+                nat: Some(world.nat.config()).filter(|nat| nat.subnet.contains(address)),
             })
             .map_err(|error| failed(error.to_string()))?;
             let spec = match &world.snapshots {
@@ -159,6 +159,8 @@ impl Worker {
                     snapshots.choose(candidate, spec, unwanted).await
                 }
             };
+            world.reserve(&uid, &spec.networks).await.map_err(|why| Failure::new("FailedCreatePodSandBox", why))?;
+            world.faults.hit("node: network reserved").await;
             world.machines.create(spec).await.map_err(|error| failed(error_chain(&error)))?;
             Ok(Outcome::Prepared)
         }))
@@ -207,12 +209,10 @@ impl Worker {
 
     /// Removes the machine of the current attempt, whatever its condition.
     fn remove(&self) -> Option<Work> {
-        let (world, id) = (Arc::clone(&self.world), self.record.as_ref()?.machine()?);
+        let (world, uid, id) = (Arc::clone(&self.world), self.uid.clone(), self.record.as_ref()?.machine()?);
         Some(Box::pin(async move {
             let failed = |message: String| Failure::new("FailedKillPod", message);
-            world.machines.remove(&id, true).await.map_err(|error| failed(error_chain(&error)))?;
-            world.faults.hit("node: machine removed").await;
-            world.release(&id).await.map_err(failed)?;
+            world.remove(&uid, &id).await.map_err(failed)?;
             Ok(Outcome::Removed)
         }))
     }
@@ -246,7 +246,7 @@ async fn hook(
 ) -> Result<(), String> {
     let Some(container) = pod::machine_container(pod) else { return Ok(()) };
     let Some(action) = which(pod).and_then(Action::of_hook) else { return Ok(()) };
-    let (mut state, at) = (machine.state(), Where::Guest(machine.guest()));
+    let (mut state, at) = (machine.state(), Where::guest(machine));
     let place = Place { at: &at, container, run };
     tokio::select! {
         result = place.act(action) => result,

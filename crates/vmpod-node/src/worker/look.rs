@@ -117,7 +117,7 @@ impl Worker {
             Main::Unstarted | Main::Asked | Main::Ended { .. } => return,
         };
         let known = status::shown(pod, &container.name, &format!("vmpod://{}", machine.id()));
-        let at = Where::Guest(machine.guest());
+        let at = Where::guest(machine);
         let subject = Subject { at, container: container.clone(), run: self.run.clone(), since };
         let (world, pod, uid) = (Arc::clone(&self.world), Arc::clone(pod), self.uid.clone());
         self.local.prober = Some(Prober::start(subject, known, move |purpose, answer| {

@@ -118,6 +118,12 @@ impl Host {
             labels: std::collections::BTreeMap::new(),
             taints: Vec::new(),
             docker_host: String::new(),
+            network: vmpod_node::NetworkMode::User,
+            nat: vmpod_network::nat::Config {
+                bridge: "vmpodtest".to_owned(),
+                subnet: vmpod_network::Subnet::USUAL,
+                host: "test".to_owned(),
+            },
             keep_vms: wish.keep_vms,
             snapshot_budget: wish.snapshots.then_some(1 << 30),
             shutdown_grace: Duration::from_secs(5),

@@ -1,0 +1,161 @@
+//! Which network a pod's machine is on, and what it has of it.
+
+use std::net::Ipv4Addr;
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use vmpod_api::annotations;
+use vmpod_machine::{HostPort, MachineId, Network, Protocol};
+use vmpod_network::nat::{Config, Reservation};
+
+use crate::{
+    pod::{self, PodUid},
+    sidecars,
+};
+
+/// A kind of network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum NetworkMode {
+    /// The hypervisor's own: needs no privilege; the machine has a loopback address of this host.
+    #[default]
+    User,
+    /// A bridge of this host's own: the machine has an address that this host reaches, and others through forwarded ports.
+    Nat,
+}
+
+impl NetworkMode {
+    /// What the pod asks for; an error is what it says instead.
+    pub(crate) fn asked(pod: &Pod) -> Result<Option<Self>, &str> {
+        match pod::annotation(pod, annotations::NETWORK) {
+            None | Some("") => Ok(None),
+            Some("user") => Ok(Some(Self::User)),
+            Some("nat") => Ok(Some(Self::Nat)),
+            Some(other) => Err(other),
+        }
+    }
+
+    /// What the pod gets on a node whose pods are usually on `usual`. Containers beside a machine reach it at an address of
+    /// their own network, which only the hypervisor's forwarding listens on.
+    pub(crate) fn of(pod: &Pod, usual: Self) -> Self {
+        let usual = if sidecars::any(pod) { Self::User } else { usual };
+        Self::asked(pod).ok().flatten().unwrap_or(usual)
+    }
+}
+
+/// Whether the pod keeps other machines of its network away.
+pub(crate) fn isolated(pod: &Pod) -> bool {
+    pod::annotation(pod, annotations::NETWORK_ISOLATED) == Some("true")
+}
+
+/// The ports of this host that lead to the pod's machine.
+pub(crate) fn host_ports(container: &Container) -> Vec<HostPort> {
+    let port = |port: &k8s_openapi::api::core::v1::ContainerPort| {
+        let protocol = match port.protocol.as_deref() {
+            None | Some("TCP") => Protocol::Tcp,
+            Some("UDP") => Protocol::Udp,
+            Some(_) => return None,
+        };
+        let number = |number: i32| u16::try_from(number).ok().filter(|number| *number > 0);
+        Some(HostPort {
+            protocol,
+            host: port.host_ip.as_deref().and_then(|ip| ip.parse().ok()).filter(|ip: &Ipv4Addr| !ip.is_unspecified()),
+            host_port: number(port.host_port?)?,
+            guest_port: number(port.container_port)?,
+        })
+    };
+    container.ports.iter().flatten().filter_map(port).collect()
+}
+
+/// The network interface of a machine on the host's own bridge.
+pub(crate) fn tap(config: &Config, id: &MachineId, uid: &PodUid, pod: &Pod, address: Ipv4Addr) -> Network {
+    let gateway = config.subnet.gateway();
+    Network::Tap {
+        interface: vmpod_network::nat::interface(id.as_str()),
+        bridge: config.bridge.clone(),
+        address: vmpod_machine::Assigned { address, prefix: config.subnet.prefix(), gateway, dns: gateway },
+        mac: vmpod_machine::MacAddr::derive(uid.as_str()),
+        hostname: pod::hostname(pod),
+        isolated: isolated(pod),
+        host_ports: pod::machine_container(pod).map(host_ports).unwrap_or_default(),
+    }
+}
+
+/// What a machine has reserved of the host's own network; none when it isn't on it.
+pub(crate) fn reservation(config: &Config, uid: &PodUid, networks: &[Network]) -> Option<Reservation> {
+    let Some(Network::Tap { interface, bridge, address, mac, hostname, isolated, host_ports }) = networks.first()
+    else {
+        return None;
+    };
+    (*bridge == config.bridge).then(|| Reservation {
+        owner: uid.to_string(),
+        mac: *mac,
+        address: address.address,
+        hostname: Some(hostname.clone()),
+        interface: interface.clone(),
+        isolated: *isolated,
+        ports: host_ports.clone(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn pod(annotations: &Value, containers: &Value) -> Pod {
+        serde_json::from_value(json!({
+            "metadata": {"name": "web", "annotations": annotations}, "spec": {"containers": containers}
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_pods_word_comes_before_the_nodes() {
+        let alone = json!([{"name": "vm"}]);
+        let plain = pod(&json!({}), &alone);
+        assert_eq!(NetworkMode::of(&plain, NetworkMode::Nat), NetworkMode::Nat);
+        let asks = pod(&json!({"vmpod.dev/network": "user"}), &alone);
+        assert_eq!(NetworkMode::of(&asks, NetworkMode::Nat), NetworkMode::User);
+        assert_eq!(NetworkMode::asked(&pod(&json!({"vmpod.dev/network": "bridged"}), &alone)), Err("bridged"));
+        let hybrid = pod(&json!({}), &json!([{"name": "vm"}, {"name": "beside"}]));
+        assert_eq!(NetworkMode::of(&hybrid, NetworkMode::Nat), NetworkMode::User);
+    }
+
+    #[test]
+    fn host_ports_are_those_that_name_one() {
+        let pod = pod(
+            &json!({}),
+            &json!([{"name": "vm", "ports": [
+                {"containerPort": 80}, {"containerPort": 443, "hostPort": 8443},
+                {"containerPort": 53, "hostPort": 53, "protocol": "UDP", "hostIP": "192.0.2.1"},
+                {"containerPort": 9, "hostPort": 9, "hostIP": "0.0.0.0"},
+                {"containerPort": 1, "hostPort": 1, "protocol": "SCTP"}
+            ]}]),
+        );
+        let ports = host_ports(pod::machine_container(&pod).unwrap());
+        let port = |protocol, host, host_port, guest_port| HostPort { protocol, host, host_port, guest_port };
+        assert_eq!(
+            ports,
+            [
+                port(Protocol::Tcp, None, 8443, 443),
+                port(Protocol::Udp, Some([192, 0, 2, 1].into()), 53, 53),
+                port(Protocol::Tcp, None, 9, 9),
+            ]
+        );
+    }
+
+    #[test]
+    fn a_machine_on_the_bridge_is_recognised_as_what_it_reserved() {
+        let config =
+            Config { bridge: "vmpod0".to_owned(), subnet: vmpod_network::Subnet::USUAL, host: "host".to_owned() };
+        let uid = PodUid::parse("5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f8a").unwrap();
+        let pod = pod(&json!({"vmpod.dev/network-isolated": "true"}), &json!([{"name": "vm"}]));
+        let tap = tap(&config, &uid.machine(3), &uid, &pod, [10, 201, 0, 9].into());
+        let reserved = reservation(&config, &uid, std::slice::from_ref(&tap)).unwrap();
+        assert_eq!(reserved.owner, uid.to_string());
+        assert_eq!((reserved.address, reserved.isolated), ([10, 201, 0, 9].into(), true));
+        assert_eq!(reserved.hostname.as_deref(), Some("web"));
+        let other = Config { bridge: "other".to_owned(), ..config };
+        assert_eq!(reservation(&other, &uid, &[tap]), None, "another agent's bridge");
+    }
+}
