@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use anyhow::{Context as _, Result, ensure};
+use tokio::io::AsyncReadExt as _;
 use tokio::process::{Child, Command};
 
 const INSIDE: &str = "VMPOD_TEST_IN_NAMESPACE";
@@ -60,4 +61,59 @@ pub async fn leftovers() -> Result<String> {
     let links = links.lines().filter(|line| line.contains("vmp"));
     let rules = sh("nft list ruleset").await?;
     Ok(links.chain(rules.lines()).collect::<Vec<_>>().join("\n"))
+}
+
+/// One more network namespace, connected to a bridge of this one: what is out there.
+#[derive(Debug)]
+pub struct Lan {
+    holder: Child,
+}
+
+impl Lan {
+    /// Makes it, with `address` on its interface `eth0`; the other end is a port of `bridge`.
+    pub async fn join(bridge: &str, address: &str) -> Result<Self> {
+        let mut holder = Command::new("unshare")
+            .args(["--net", "sh", "-c", "echo here; exec sleep 3600"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut line = [0; 5];
+        holder.stdout.take().context("no output")?.read_exact(&mut line).await?;
+        let pid = holder.id().context("it has ended")?;
+        sh(&format!("ip link add out0 type veth peer name eth0 netns {pid}; ip link set out0 master {bridge} up"))
+            .await?;
+        let lan = Self { holder };
+        lan.sh(&format!("ip link set lo up; ip addr add {address} dev eth0; ip link set eth0 up")).await?;
+        Ok(lan)
+    }
+
+    fn enter(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net=/proc/{}/ns/net", self.holder.id().unwrap_or_default())).arg(program);
+        command
+    }
+
+    /// Runs a script there; its output.
+    pub async fn sh(&self, script: &str) -> Result<String> {
+        let mut command = self.enter("sh");
+        command.args(["-c", script]);
+        crate::run(command, None, crate::patience::PATIENCE).await?.ok()
+    }
+
+    /// A DHCP server there, with these further options.
+    pub fn dhcp(&self, dir: &Path, options: &[&str]) -> Result<Child> {
+        let child = self
+            .enter("dnsmasq")
+            .args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--pid-file"])
+            .args(["--port=0", "--no-ping", "--interface=eth0", "--bind-interfaces", "--dhcp-authoritative"])
+            .args(["--user=root", "--group=root", "--log-dhcp", "--log-facility=-"])
+            .arg(format!("--dhcp-leasefile={}", dir.join("leases").display()))
+            .args(options)
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .context("dnsmasq is needed: run `scripts/prerequisites e2e`")?;
+        Ok(child)
+    }
 }

@@ -131,7 +131,7 @@ async fn the_ways_into_a_guest() -> Result<()> {
     stream.read_exact(&mut line).await?;
     assert_eq!(&line, b"hello\n");
     drop(stream);
-    let address = machine.spec().networks[0].address();
+    let address = machine.spec().networks[0].address().context("no address")?;
     let again = connect(address, 8080).await?;
     assert_eq!(again, b"again\n");
     server.control.signal(Signal::Kill);

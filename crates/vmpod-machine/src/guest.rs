@@ -49,6 +49,8 @@ pub enum Waiting {
     Machine,
     /// The guest hasn't printed its ready marker.
     Marker,
+    /// Nothing was heard of the guest's address.
+    Address,
     /// Nobody listens on the port.
     Refused,
     /// The port is open, and no SSH server has said a word.
@@ -69,6 +71,7 @@ impl fmt::Display for Waiting {
         match self {
             Self::Machine => f.write_str("the machine isn't running"),
             Self::Marker => f.write_str("the guest is booting (its ready marker isn't on the console yet)"),
+            Self::Address => f.write_str("the guest's address isn't known yet: no lease was seen, and it said nothing"),
             Self::Refused => f.write_str("the guest's SSH port is closed"),
             Self::Silent => f.write_str("the guest's SSH server doesn't speak yet"),
             Self::LoginRefused { user } => write!(f, "the guest's SSH server refuses our login as {user}"),

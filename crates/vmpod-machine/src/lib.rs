@@ -12,6 +12,7 @@
 //! Every machine is one process that outlives the agent. What an agent needs to find it again is in the machine's
 //! directory; [`Machines::adopt`] reads it, and proves by a kernel lock and a handshake that the process is the machine.
 
+mod address;
 pub mod console;
 pub mod directory;
 #[cfg(feature = "fake")]
@@ -47,3 +48,4 @@ pub use spec::{
     Memory, Network, Protocol, Secret, Seed, Snapshot, Spec,
 };
 pub use template::{Template, TemplateError, TemplateId, TemplateKey, Templates};
+pub use vmpod_network::learn::{Learnt, Source as LearntFrom};

@@ -9,6 +9,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use vmpod_network::learn::Learnt;
 
 use crate::console;
 use crate::directory::{self, MachineDir};
@@ -39,6 +40,7 @@ struct Shared {
     dir: MachineDir,
     state: watch::Receiver<State>,
     guest: Guest,
+    learnt: watch::Receiver<Option<Learnt>>,
     commands: mpsc::UnboundedSender<Command>,
 }
 
@@ -78,6 +80,18 @@ impl Machine {
     #[must_use]
     pub fn guest(&self) -> Guest {
         self.shared.guest.clone()
+    }
+
+    /// The guest's address, where it has to be learnt ([`Spec::learns`]), and each change of it.
+    #[must_use]
+    pub fn learnt(&self) -> watch::Receiver<Option<Learnt>> {
+        self.shared.learnt.clone()
+    }
+
+    /// The guest's own address, where this host reaches each of its ports, when it has one that is known.
+    #[must_use]
+    pub fn reachable(&self) -> Option<std::net::Ipv4Addr> {
+        self.spec().reachable().or_else(|| self.shared.learnt.borrow().map(|learnt| learnt.address))
     }
 
     /// The raw log of the guest's serial console. It grows from the front only: read it with [`crate::console`].
@@ -193,15 +207,17 @@ impl Driver {
         process: Option<Box<dyn Process>>,
         hypervisor: Arc<dyn Hypervisor>,
         faults: FaultPoints,
-        guest: impl FnOnce(watch::Receiver<State>) -> Guest,
+        ways: impl FnOnce(watch::Receiver<State>) -> (Guest, watch::Receiver<Option<Learnt>>),
     ) -> (Machine, Self) {
         let state = watch::Sender::new(state);
         let (commands_tx, commands) = mpsc::unbounded_channel();
+        let (guest, learnt) = ways(state.subscribe());
         let machine = Machine {
             shared: Arc::new(Shared {
                 spec: spec.clone(),
                 dir: dir.clone(),
-                guest: guest(state.subscribe()),
+                guest,
+                learnt,
                 state: state.subscribe(),
                 commands: commands_tx,
             }),

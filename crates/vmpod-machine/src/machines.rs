@@ -14,7 +14,7 @@ use crate::id::MachineId;
 use crate::lifecycle::{Denied, Exit, State};
 use crate::machine::{Driver, Machine, error_chain};
 use crate::spec::{Network, Spec};
-use crate::{renewal, seed};
+use crate::{address, renewal, seed};
 
 pub use crate::guest::keys::SshKey;
 
@@ -237,7 +237,7 @@ impl Machines {
     pub fn addresses(&self) -> std::collections::BTreeSet<Ipv4Addr> {
         self.known()
             .values()
-            .flat_map(|entry| entry.machine.spec().networks.iter().map(Network::address).collect::<Vec<_>>())
+            .flat_map(|entry| entry.machine.spec().networks.iter().filter_map(Network::address).collect::<Vec<_>>())
             .collect()
     }
 
@@ -389,11 +389,13 @@ impl Machines {
         let (machine, driver) =
             Driver::new(spec.clone(), dir.clone(), state, process, hypervisor, self.inner.faults.clone(), |state| {
                 if let Some(link) = self.inner.hypervisor.link(spec, dir) {
-                    return Guest::new(link);
+                    return (Guest::new(link), tokio::sync::watch::channel(None).1);
                 }
-                let (link, task) = ssh::SshLink::start(spec, dir, state);
+                let (learnt, follows) = address::follow(spec, dir, state.clone());
+                let (link, task) = ssh::SshLink::start(spec, dir, state, learnt.clone());
                 tasks.push(task);
-                Guest::new(link)
+                tasks.extend(follows);
+                (Guest::new(link), learnt)
             });
         tasks.push(tokio::spawn(driver.run()).abort_handle());
         self.known().insert(id, Entry { machine: machine.clone(), tasks });

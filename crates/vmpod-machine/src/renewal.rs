@@ -94,11 +94,15 @@ pub fn message(spec: &Spec, now: Timestamp, entropy: &[u8; ENTROPY]) -> String {
         text.add("hostname", &seed.hostname);
     }
     if let Some(network) = spec.networks.first() {
-        let assigned = network.assigned();
         text.add("mac", &network.mac().to_string());
-        text.add("address", &format!("{}/{}", assigned.address, assigned.prefix));
-        text.add("gateway", &assigned.gateway.to_string());
-        text.add("dns", &assigned.dns.to_string());
+        match network.assigned() {
+            Some(assigned) => {
+                text.add("address", &format!("{}/{}", assigned.address, assigned.prefix));
+                text.add("gateway", &assigned.gateway.to_string());
+                text.add("dns", &assigned.dns.to_string());
+            }
+            None => text.add("address", "dhcp"),
+        }
     }
     text.add("login", &spec.access.user);
     if let Some(seed) = &spec.seed {

@@ -59,22 +59,20 @@ fn files(spec: &Spec, seed: &Seed) -> BTreeMap<&'static str, String> {
     files
 }
 
-/// Network configuration for a guest whose address is known before it boots: it need not wait for DHCP. Version 2, see
+/// Network configuration: a guest whose address is known before it boots need not wait for DHCP. Version 2, see
 /// <https://docs.cloudinit.io/en/latest/reference/network-config-format-v2.html>.
 fn network(spec: &Spec) -> Option<Value> {
     let [network] = spec.networks.as_slice() else { return None };
-    let assigned = network.assigned();
-    Some(json!({
-        "version": 2,
-        "ethernets": {
-            "nic0": {
-                "match": {"macaddress": network.mac().to_string()},
-                "addresses": [format!("{}/{}", assigned.address, assigned.prefix)],
-                "gateway4": assigned.gateway,
-                "nameservers": {"addresses": [assigned.dns]},
-            }
+    let mut interface = json!({"match": {"macaddress": network.mac().to_string()}});
+    match network.assigned() {
+        Some(assigned) => {
+            interface["addresses"] = json!([format!("{}/{}", assigned.address, assigned.prefix)]);
+            interface["gateway4"] = json!(assigned.gateway);
+            interface["nameservers"] = json!({"addresses": [assigned.dns]});
         }
-    }))
+        None => interface["dhcp4"] = true.into(),
+    }
+    Some(json!({"version": 2, "ethernets": {"nic0": interface}}))
 }
 
 fn lines(value: &Value) -> String {

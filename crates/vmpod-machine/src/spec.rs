@@ -203,8 +203,8 @@ pub enum Network {
         interface: String,
         /// The bridge.
         bridge: String,
-        /// The address that was reserved for the guest.
-        address: Assigned,
+        /// The address that was reserved for the guest; without one it has to be learnt.
+        address: Option<Assigned>,
         /// The interface's hardware address inside the guest.
         mac: MacAddr,
         /// The name that the guest hears over DHCP.
@@ -217,12 +217,13 @@ pub enum Network {
 }
 
 impl Network {
-    /// The address under which the machine is known: a loopback address of this host, or the guest's own.
+    /// The address under which the machine is known: a loopback address of this host, or the guest's own. None while it isn't
+    /// known beforehand.
     #[must_use]
-    pub fn address(&self) -> Ipv4Addr {
+    pub fn address(&self) -> Option<Ipv4Addr> {
         match self {
-            Self::User { address, .. } => *address,
-            Self::Tap { address, .. } => address.address,
+            Self::User { address, .. } => Some(*address),
+            Self::Tap { address, .. } => Some(address.as_ref()?.address),
         }
     }
 
@@ -234,11 +235,11 @@ impl Network {
         }
     }
 
-    /// What the guest is told to configure.
+    /// What the guest is told to configure; none when it is to ask by DHCP.
     #[must_use]
-    pub fn assigned(&self) -> Assigned {
+    pub fn assigned(&self) -> Option<Assigned> {
         match self {
-            Self::User { .. } => Assigned::USER,
+            Self::User { .. } => Some(Assigned::USER),
             Self::Tap { address, .. } => *address,
         }
     }
@@ -404,25 +405,38 @@ impl Spec {
         }
     }
 
-    /// The address at which this host reaches the guest's SSH server, when there is one.
+    /// The address at which this host reaches the guest's SSH server, when there is one that is known beforehand.
     #[must_use]
     pub fn ssh_address(&self) -> Option<std::net::SocketAddr> {
         if self.snapshot == Some(Snapshot::Make) {
             // Its interfaces lead nowhere, and the address is that of another machine.
             return None;
         }
-        match self.networks.first()? {
-            Network::User { address, ssh_port, .. } => Some((*address, *ssh_port).into()),
-            Network::Tap { address, .. } => Some((address.address, self.access.port).into()),
-        }
+        let network = self.networks.first()?;
+        let port = match network {
+            Network::User { ssh_port, .. } => *ssh_port,
+            Network::Tap { .. } => self.access.port,
+        };
+        Some((network.address()?, port).into())
     }
 
-    /// The guest's own address, where this host reaches each of its ports.
+    /// The guest's own address, where this host reaches each of its ports, when it is known beforehand.
     #[must_use]
     pub fn reachable(&self) -> Option<Ipv4Addr> {
         match self.networks.first()? {
             Network::User { .. } => None,
-            Network::Tap { address, .. } => Some(address.address),
+            tap @ Network::Tap { .. } => tap.address(),
+        }
+    }
+
+    /// The interface of this host, and the hardware address inside the guest, by which its address has to be learnt.
+    #[must_use]
+    pub fn learns(&self) -> Option<(&str, MacAddr)> {
+        match self.networks.first()? {
+            Network::Tap { address: None, interface, mac, .. } if self.snapshot != Some(Snapshot::Make) => {
+                Some((interface, *mac))
+            }
+            _ => None,
         }
     }
 }

@@ -58,53 +58,63 @@ const COOKIE: [u8; 4] = [99, 130, 83, 99];
 const BROADCAST: u16 = 0x8000;
 
 /// Options by number (RFC 2132, RFC 6842).
-mod option {
-    pub(super) const SUBNET_MASK: u8 = 1;
-    pub(super) const ROUTER: u8 = 3;
-    pub(super) const NAME_SERVER: u8 = 6;
-    pub(super) const HOST_NAME: u8 = 12;
-    pub(super) const BROADCAST_ADDRESS: u8 = 28;
-    pub(super) const REQUESTED_ADDRESS: u8 = 50;
-    pub(super) const LEASE_TIME: u8 = 51;
-    pub(super) const MESSAGE_TYPE: u8 = 53;
-    pub(super) const SERVER: u8 = 54;
-    pub(super) const RENEWAL_TIME: u8 = 58;
-    pub(super) const REBINDING_TIME: u8 = 59;
-    pub(super) const CLIENT_ID: u8 = 61;
-    pub(super) const END: u8 = 255;
+pub(crate) mod option {
+    pub(crate) const SUBNET_MASK: u8 = 1;
+    pub(crate) const ROUTER: u8 = 3;
+    pub(crate) const NAME_SERVER: u8 = 6;
+    pub(crate) const HOST_NAME: u8 = 12;
+    pub(crate) const BROADCAST_ADDRESS: u8 = 28;
+    pub(crate) const REQUESTED_ADDRESS: u8 = 50;
+    pub(crate) const LEASE_TIME: u8 = 51;
+    pub(crate) const MESSAGE_TYPE: u8 = 53;
+    pub(crate) const SERVER: u8 = 54;
+    pub(crate) const RENEWAL_TIME: u8 = 58;
+    pub(crate) const REBINDING_TIME: u8 = 59;
+    pub(crate) const CLIENT_ID: u8 = 61;
+    pub(crate) const END: u8 = 255;
 }
 
-/// What a client says, as far as it matters.
-struct Request<'a> {
-    xid: [u8; 4],
+/// A packet of a client or a server, as far as it matters.
+pub(crate) struct Packet<'a> {
+    /// A server says it.
+    pub(crate) reply: bool,
+    pub(crate) xid: [u8; 4],
     flags: u16,
     client: Ipv4Addr,
-    mac: MacAddr,
+    pub(crate) yours: Ipv4Addr,
+    relay: Ipv4Addr,
+    pub(crate) mac: MacAddr,
     options: &'a [u8],
 }
 
-impl<'a> Request<'a> {
-    /// Understands a packet of a client on this network; none for everything else.
-    fn parse(packet: &'a [u8]) -> Option<Self> {
+impl<'a> Packet<'a> {
+    /// Understands a packet over Ethernet; none for everything else.
+    pub(crate) fn parse(packet: &'a [u8]) -> Option<Self> {
         let (header, options) = packet.split_at_checked(HEADER)?;
         let field = |at: usize| <[u8; 4]>::try_from(header.get(at..at + 4)?).ok();
-        // A request, over Ethernet, with addresses of six bytes.
-        if header.get(..3)? != [1, 1, 6] || field(236)? != COOKIE {
+        let address = |at: usize| field(at).map(Ipv4Addr::from);
+        // Ethernet has addresses of six bytes.
+        if header.get(1..3)? != [1, 6] || field(236)? != COOKIE {
             return None;
         }
-        let relay = Ipv4Addr::from(field(24)?);
-        relay.is_unspecified().then_some(())?;
         Some(Self {
+            reply: match header.first()? {
+                1 => false,
+                2 => true,
+                _ => return None,
+            },
             xid: field(4)?,
             flags: u16::from_be_bytes(header.get(10..12)?.try_into().ok()?),
-            client: Ipv4Addr::from(field(12)?),
+            client: address(12)?,
+            yours: address(16)?,
+            relay: address(24)?,
             mac: MacAddr::new(header.get(28..34)?.try_into().ok()?),
             options,
         })
     }
 
     /// The first option of this number. Options that run over the packet's end are none.
-    fn option(&self, number: u8) -> Option<&'a [u8]> {
+    pub(crate) fn option(&self, number: u8) -> Option<&'a [u8]> {
         let mut rest = self.options;
         loop {
             let (kind, after) = rest.split_first()?;
@@ -123,7 +133,8 @@ impl<'a> Request<'a> {
         }
     }
 
-    fn address(&self, number: u8) -> Option<Ipv4Addr> {
+    /// The first option of this number, when it is an address.
+    pub(crate) fn address(&self, number: u8) -> Option<Ipv4Addr> {
         Some(Ipv4Addr::from(<[u8; 4]>::try_from(self.option(number)?).ok()?))
     }
 }
@@ -133,7 +144,10 @@ impl<'a> Request<'a> {
 /// Bytes that are no DHCP, requests of machines that `lease` doesn't know, those that came through a relay, and those meant
 /// for another server get none.
 pub fn answer(packet: &[u8], subnet: Subnet, lease: impl Fn(MacAddr) -> Option<Lease>) -> Option<Answer> {
-    let request = Request::parse(packet)?;
+    let request = Packet::parse(packet)?;
+    if request.reply || !request.relay.is_unspecified() {
+        return None;
+    }
     let lease = lease(request.mac)?;
     let server = subnet.gateway();
     let for_us = request.address(option::SERVER).is_none_or(|wanted| wanted == server);
@@ -187,7 +201,7 @@ pub fn answer(packet: &[u8], subnet: Subnet, lease: impl Fn(MacAddr) -> Option<L
 struct Reply(Vec<u8>);
 
 impl Reply {
-    fn new(request: &Request<'_>, flags: u16, yours: Ipv4Addr) -> Self {
+    fn new(request: &Packet<'_>, flags: u16, yours: Ipv4Addr) -> Self {
         let mut bytes = vec![2, 1, 6, 0];
         bytes.extend(request.xid);
         bytes.extend([0; 2]);

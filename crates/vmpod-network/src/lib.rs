@@ -6,22 +6,28 @@
 //! to one process at a time: whoever comes after one that died finds bridge, interfaces and rules as they are and goes on
 //! with them.
 //!
+//! On a bridge that somebody else keeps, a machine's address comes from a DHCP server that isn't ours, or from the guest's own
+//! configuration. [`learn`] tells it from what passes the machine's interface.
+//!
 //! What decides is pure and builds everywhere: [`dhcp::answer`], [`rules::ruleset`], [`advert`]. What acts is for Linux.
 
 pub mod address;
 pub mod advert;
 pub mod dhcp;
 pub mod dns;
+pub mod learn;
 #[cfg(target_os = "linux")]
 mod link;
 pub mod nat;
 pub mod rules;
 #[cfg(target_os = "linux")]
 mod serve;
+#[cfg(target_os = "linux")]
+pub mod watch;
 
 pub use address::{MacAddr, Subnet};
 #[cfg(target_os = "linux")]
-pub use link::attach;
+pub use link::{attach, is_bridge};
 
 /// Why something couldn't be done with the host's network.
 #[derive(Debug, thiserror::Error)]

@@ -25,7 +25,7 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_util::task::AbortOnDropHandle;
-use vmpod_machine::{Exec, Guest, Machine, Signal};
+use vmpod_machine::{Exec, Machine, Signal};
 
 use crate::{docker::Docker, error_chain, run_config::RunConfig, server::Duplex};
 
@@ -72,16 +72,10 @@ impl<'a> Action<'a> {
 /// Where something is done.
 #[derive(Clone)]
 pub(crate) enum Where {
-    /// A machine's guest, and its own address when this host reaches all of its ports there.
-    Guest { guest: Guest, address: Option<Ipv4Addr> },
+    /// A machine's guest.
+    Guest(Machine),
     /// A container beside the machine, and the address at which its ports are.
     Container { docker: Docker, id: String, address: Option<Ipv4Addr> },
-}
-
-impl Where {
-    pub(crate) fn guest(machine: &Machine) -> Self {
-        Self::Guest { guest: machine.guest(), address: machine.spec().reachable() }
-    }
 }
 
 /// Where it is done, and for which container.
@@ -122,14 +116,16 @@ impl Place<'_> {
     async fn connect(&self, port: &IntOrString) -> Result<Box<dyn Duplex>, String> {
         let port = self.port(port)?;
         match self.at {
-            Where::Guest { address: Some(address), .. } => {
-                let stream = TcpStream::connect((*address, port)).await.map_err(|error| error.to_string())?;
-                Ok(Box::new(stream))
-            }
-            Where::Guest { guest, address: None } => {
-                let stream = guest.forward(port).await.map_err(|error| error_chain(&error))?;
-                Ok(Box::new(stream))
-            }
+            Where::Guest(machine) => match machine.reachable() {
+                Some(address) => {
+                    let stream = TcpStream::connect((address, port)).await.map_err(|error| error.to_string())?;
+                    Ok(Box::new(stream))
+                }
+                None => {
+                    let stream = machine.guest().forward(port).await.map_err(|error| error_chain(&error))?;
+                    Ok(Box::new(stream))
+                }
+            },
             Where::Container { address, .. } => {
                 let address = address.ok_or("the pod's containers have no address")?;
                 let stream = TcpStream::connect((address, port)).await.map_err(|error| error.to_string())?;
@@ -156,7 +152,7 @@ impl Place<'_> {
 
     async fn exec(&self, exec: &ExecAction) -> Result<(), String> {
         let guest = match self.at {
-            Where::Guest { guest, .. } => guest,
+            Where::Guest(machine) => machine.guest(),
             Where::Container { docker, id, .. } => {
                 let command = exec.command.clone().unwrap_or_default();
                 let (code, said) = docker.output(id, command, OUTPUT).await.map_err(|error| error.to_string())?;

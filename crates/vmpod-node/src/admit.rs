@@ -8,7 +8,7 @@ use vmpod_api::annotations;
 
 use crate::{
     action::Action,
-    network::NetworkMode,
+    network::{InvalidNetwork, NetworkMode},
     pod::{self, Requests},
     probe::Purpose,
     sidecars,
@@ -72,21 +72,21 @@ pub(crate) fn supported(pod: &Pod, privileged: bool) -> Result<(), Refusal> {
     }
     let refuse = |why: String| Err(Refusal::new("NetworkUnsupported", why));
     match NetworkMode::asked(pod) {
-        Ok(Some(NetworkMode::Nat)) if sidecars::any(pod) => {
+        Ok(Some(NetworkMode::Nat | NetworkMode::Bridge(_))) if sidecars::any(pod) => {
             return refuse(format!(
-                "Annotation {}=\"nat\": a machine with containers beside it is on the network \"user\"",
+                "Annotation {}: a machine with containers beside it is on the network \"user\"",
                 annotations::NETWORK
             ));
         }
-        Ok(Some(NetworkMode::Nat)) if !privileged => {
+        Ok(Some(NetworkMode::Nat | NetworkMode::Bridge(_))) if !privileged => {
             return refuse(format!(
-                "Annotation {}=\"nat\" needs a node agent on Linux that runs as root",
+                "Annotation {}: a network other than \"user\" needs a node agent on Linux that runs as root",
                 annotations::NETWORK
             ));
         }
         Ok(_) => {}
         Err(other) => {
-            return refuse(format!("Annotation {}={other:?}: it takes \"user\" or \"nat\"", annotations::NETWORK));
+            return refuse(format!("Annotation {}={other:?}: {InvalidNetwork}", annotations::NETWORK));
         }
     }
     if let Err(other) = Start::of(pod) {
@@ -371,8 +371,9 @@ mod tests {
         assert_eq!(supported(&asks("user", hybrid.clone()), false), Ok(()));
         for (pod, privileged, why) in [
             (asks("nat", alone.clone()), false, "runs as root"),
-            (asks("nat", hybrid), true, "is on the network \"user\""),
-            (asks("bridge:eth0", alone), true, "it takes \"user\" or \"nat\""),
+            (asks("nat", hybrid.clone()), true, "is on the network \"user\""),
+            (asks("bridge:br0", hybrid.clone()), true, "is on the network \"user\""),
+            (asks("bridged", alone), true, "it takes \"user\", \"nat\" or \"bridge:NAME\""),
         ] {
             let refusal = supported(&pod, privileged).unwrap_err();
             assert_eq!(refusal.reason, "NetworkUnsupported");

@@ -7,7 +7,7 @@ use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use vmpod_image::{Image, Store};
 use vmpod_machine::{Accel, Arch, Machine, MachineId, Machines, loopback};
 
-use crate::{error_chain, holders, options::MachineDefaults, pod::PodUid, translate};
+use crate::{error_chain, holders, network, options::MachineDefaults, pod::PodUid, translate};
 
 /// What the machine is to be.
 #[derive(Clone, Debug)]
@@ -75,13 +75,12 @@ pub async fn plain_machine(
         image: &name,
         clone: &clone,
         size,
-        address,
+        place: network::Place::User(address),
         key: (key.path, key.public),
         user_data: wanted.user_data,
         accel: wanted.accel,
         host: Arch::host(),
         low_ports: false,
-        nat: None,
     })
     .map_err(|error| error.to_string())?;
     machines.create(spec).await.map_err(|error| error_chain(&error))

@@ -13,6 +13,8 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use vmpod_machine::{Exit, ExitCause};
 
+use vmpod_machine::{Learnt, Machine};
+
 use crate::{
     pod::{self, RestartPolicy},
     probe::Failed,
@@ -29,6 +31,28 @@ pub(crate) struct Desired<'a> {
     pub(crate) agent_stops: Option<SignedDuration>,
 }
 
+/// Where a guest is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Location {
+    /// At the pod's address.
+    #[default]
+    Given,
+    /// Nobody knows yet.
+    Unknown,
+    /// Where its network shows it.
+    Learnt(Learnt),
+}
+
+impl Location {
+    pub(crate) fn of(machine: &Machine) -> Self {
+        match *machine.learnt().borrow() {
+            _ if machine.spec().learns().is_none() => Self::Given,
+            None => Self::Unknown,
+            Some(learnt) => Self::Learnt(learnt),
+        }
+    }
+}
+
 /// What is.
 #[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own, not a state")]
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -39,6 +63,8 @@ pub(crate) struct Observed {
     pub(crate) restored: bool,
     /// The guest answers.
     pub(crate) guest_ready: bool,
+    /// Where it is, when that isn't known beforehand.
+    pub(crate) location: Location,
     /// What the guest is waited for, in words.
     pub(crate) guest: Option<String>,
     /// Image and configuration of the next attempt.

@@ -491,6 +491,9 @@ fn unfit(spec: &Spec) -> Option<&'static str> {
     if spec.access.ready_marker.is_none() {
         return Some("the image names no line that its guest prints when it is ready");
     }
+    if spec.learns().is_some() {
+        return Some("the machine is on a bridge where its address has to be learnt");
+    }
     if spec.seed.is_none() {
         return Some("the image reads no first-boot seed, so its guest can't take a new identity");
     }

@@ -11,18 +11,22 @@ use k8s_openapi::{
     apimachinery::pkg::apis::meta::v1::Time,
 };
 use serde_json::{Map, Value, json};
+use vmpod_machine::{Learnt, LearntFrom};
 
 use crate::{
     backoff::go_seconds,
-    plan::{MachineSeen, Observed},
+    plan::{Location, MachineSeen, Observed},
     pod::{self, RestartPolicy},
     record::{Attempt, Ended, Main, Record, StopReason},
     sidecars,
 };
 
 /// The conditions that a node agent owns; all others are left alone.
-const OWN_CONDITIONS: [&str; 5] =
-    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled"];
+const OWN_CONDITIONS: [&str; 6] =
+    ["PodReadyToStartContainers", "Initialized", "Ready", "ContainersReady", "PodScheduled", ADDRESS_LEARNT];
+
+/// Whether, how and when the address of a guest was learnt that gets it from somebody else.
+const ADDRESS_LEARNT: &str = "vmpod.dev/AddressLearnt";
 
 /// What the pod's status should be, as far as it is the agent's to say.
 ///
@@ -96,8 +100,14 @@ pub(crate) fn status(
         .flatten()
         .filter_map(|status| status.conditions.as_deref())
         .flatten();
-    let conditions = conditions(&known, &view.conditions(&incomplete, &unready, succeeded, gate(pod)), generation, now);
-    let address = record.address.or_else(|| seen.company?.address);
+    let mut said = Vec::from(view.conditions(&incomplete, &unready, succeeded, gate(pod)));
+    said.extend(located(seen.location));
+    let conditions = conditions(&known, &said, generation, now);
+    let learnt = match seen.location {
+        Location::Learnt(learnt) => Some(learnt.address),
+        Location::Given | Location::Unknown => None,
+    };
+    let address = record.address.or(learnt).or_else(|| seen.company?.address);
     let address = address.filter(|_| view.has_address).map(|address| address.to_string());
     PodStatus {
         phase: Some(phase.to_owned()),
@@ -113,6 +123,26 @@ pub(crate) fn status(
         conditions: Some(conditions),
         observed_generation: generation,
         ..PodStatus::default()
+    }
+}
+
+/// What is known of an address that has to be learnt; nothing where it is given.
+fn located(location: Location) -> Option<Said> {
+    match location {
+        Location::Given => None,
+        Location::Unknown => {
+            let text = "no lease of the guest was seen on its network, and it did not speak to its neighbours";
+            Some(Said::no(ADDRESS_LEARNT, "NothingHeard", Some(text.to_owned())))
+        }
+        Location::Learnt(Learnt { address, from, at }) => {
+            let (reason, how) = match from {
+                LearntFrom::Dhcp(server) => ("DHCP", format!("leased by {server}")),
+                LearntFrom::Arp => ("ARP", "by the guest's word to its neighbours".to_owned()),
+            };
+            let at = Timestamp::from_second(at.as_second()).unwrap_or(at);
+            let message = Some(format!("{address}, {how}, at {at}"));
+            Some(Said { message, ..Said::yes(ADDRESS_LEARNT).because(reason) })
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! From a pod and an image to a machine. Pure.
 
-use std::{net::Ipv4Addr, path::PathBuf};
+use std::path::PathBuf;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
 use vmpod_image::{
@@ -81,7 +81,7 @@ pub(crate) struct Parts<'a> {
     pub(crate) image: &'a str,
     pub(crate) clone: &'a ClonedImage,
     pub(crate) size: Size,
-    pub(crate) address: Ipv4Addr,
+    pub(crate) place: network::Place<'a>,
     /// Our key pair for the guest: the private key's file, the public key's line.
     pub(crate) key: (PathBuf, String),
     pub(crate) user_data: Option<String>,
@@ -90,8 +90,6 @@ pub(crate) struct Parts<'a> {
     pub(crate) host: Option<Arch>,
     /// Whether ports below 1024 can be forwarded.
     pub(crate) low_ports: bool,
-    /// The host's own network, when the machine is to be on it.
-    pub(crate) nat: Option<&'a vmpod_network::nat::Config>,
 }
 
 /// The port at a machine's address that leads to its SSH server, unless the pod wants it for itself.
@@ -117,18 +115,18 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         Architecture::Amd64 => Arch::Amd64,
         Architecture::Arm64 => Arch::Arm64,
     };
-    let network = match parts.nat {
-        Some(nat) => network::tap(nat, &parts.id, parts.uid, parts.pod, parts.address),
-        None => {
+    let network = match (&parts.place, network::tap(&parts.place, &parts.id, parts.uid, parts.pod)) {
+        (network::Place::User(address), _) => {
             let (ssh_port, forwards) = ports(parts.container, parts.low_ports);
-            Network::User {
-                address: parts.address,
+            vec![Network::User {
+                address: *address,
                 ssh_port,
                 forwards,
                 host_ports: network::host_ports(parts.container),
                 mac: MacAddr::derive(parts.uid.as_str()),
-            }
+            }]
         }
+        (_, tap) => tap.into_iter().collect(),
     };
     Ok(Spec {
         seed: seeded.then(|| Seed {
@@ -166,7 +164,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
                 },
             })
             .collect(),
-        networks: vec![network],
+        networks: network,
         access: Access {
             user: guest.user.clone(),
             auth,
@@ -260,13 +258,12 @@ mod tests {
             image: "tiny",
             size: size(&container, "tiny", &config, MachineDefaults::default())?,
             clone: &clone,
-            address: Ipv4Addr::new(127, 64, 0, 9),
+            place: network::Place::User([127, 64, 0, 9].into()),
             key: ("/m/key".into(), "ssh-ed25519 AAAA".to_owned()),
             user_data: Some("#!/bin/sh\n".to_owned()),
             accel: Accel::Kvm,
             host: Some(Arch::Amd64),
             low_ports,
-            nat: None,
         })
     }
 

@@ -9,7 +9,7 @@ use tokio::{
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
-use vmpod_machine::{ExitStatus, GuestError, GuestState, Machine, MachineId, State};
+use vmpod_machine::{ExitStatus, GuestError, GuestState, Learnt, Machine, MachineId, State};
 
 use crate::{
     backoff::Backoff,
@@ -188,6 +188,7 @@ struct Signals {
     drained: Option<watch::Receiver<bool>>,
     probes: Option<watch::Receiver<Verdict>>,
     crew: Option<watch::Receiver<sidecars::View>>,
+    learnt: Option<watch::Receiver<Option<Learnt>>>,
 }
 
 impl Signals {
@@ -202,6 +203,8 @@ impl Signals {
             drained: local.collector.as_ref().map(|collector| fresh(collector.drained())),
             probes: local.prober.as_ref().map(|prober| fresh(prober.verdict().clone())),
             crew: crew.map(|crew| fresh(crew.view().clone())),
+            // Without anything to learn its sender is gone, which would look like a change for ever.
+            learnt: machine.filter(|machine| machine.spec().learns().is_some()).map(|machine| fresh(machine.learnt())),
         }
     }
 }
@@ -308,6 +311,7 @@ impl Worker {
             () = changed(&mut signals.drained) => None,
             () = changed(&mut signals.probes) => None,
             () = changed(&mut signals.crew) => None,
+            () = changed(&mut signals.learnt) => None,
             () = sleep_until(wake) => None,
         };
         if let Some(input) = input {

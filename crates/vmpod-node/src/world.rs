@@ -58,6 +58,11 @@ pub(crate) struct World {
     pub(crate) pods: Mutex<BTreeMap<PodUid, Handle>>,
 }
 
+/// All addresses of the pod's network are in use.
+#[derive(Debug, thiserror::Error)]
+#[error("no address is free for the machine")]
+pub(crate) struct NoAddress;
+
 /// What a worker is to bring about.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Wanted {
@@ -94,18 +99,35 @@ pub(crate) struct Handle {
 
 impl World {
     /// What a pod at this address may ask of the node in its environment and volumes.
-    pub(crate) fn facts(&self, address: Ipv4Addr) -> Facts {
-        Facts { host_ip: self.address.to_string(), pod_ip: address.to_string(), allocatable: self.ledger.allocatable() }
+    pub(crate) fn facts(&self, address: Option<Ipv4Addr>) -> Facts {
+        // As in Kubernetes, an address that isn't known is an empty text.
+        let pod_ip = address.map(|address| address.to_string()).unwrap_or_default();
+        Facts { host_ip: self.address.to_string(), pod_ip, allocatable: self.ledger.allocatable() }
     }
 
-    /// The address of a pod's machines; none when all are in use.
-    pub(crate) fn address(&self, uid: &PodUid, pod: &Pod, attempt: u32) -> Option<Ipv4Addr> {
-        let mode = NetworkMode::of(pod, self.network);
-        self.ledger.address(uid, &uid.machine(attempt), mode, &self.machines.addresses())
+    /// The address of a pod's machines.
+    ///
+    /// On somebody else's bridge there is none before the guest has one.
+    pub(crate) fn address(&self, uid: &PodUid, pod: &Pod, attempt: u32) -> Result<Option<Ipv4Addr>, NoAddress> {
+        let mode = NetworkMode::of(pod, &self.network);
+        if matches!(mode, NetworkMode::Bridge(_)) {
+            return Ok(None);
+        }
+        let found = self.ledger.address(uid, &uid.machine(attempt), &mode, &self.machines.addresses());
+        found.map(Some).ok_or(NoAddress)
     }
 
     /// The machine's place on the host's own network is ready for it, when it is to be there.
     pub(crate) async fn reserve(&self, uid: &PodUid, networks: &[vmpod_machine::Network]) -> Result<(), String> {
+        #[cfg(target_os = "linux")]
+        if let Some(vmpod_machine::Network::Tap { bridge, address: None, .. }) = networks.first() {
+            let mend = format!("make one: `ip link add {bridge} type bridge`, with the host's interface as its port");
+            match vmpod_network::is_bridge(bridge) {
+                Some(true) => {}
+                Some(false) => return Err(format!("the interface {bridge} of this node is no bridge: {mend}")),
+                None => return Err(format!("there is no bridge {bridge} on this node: {mend}")),
+            }
+        }
         let Some(reservation) = network::reservation(self.nat.config(), uid, networks) else { return Ok(()) };
         self.nat.reserve(reservation).await.map_err(|error| error_chain(&error))
     }
@@ -229,7 +251,7 @@ impl Ledger {
         &self,
         uid: &PodUid,
         machine: &MachineId,
-        mode: NetworkMode,
+        mode: &NetworkMode,
         foreign: &BTreeSet<Ipv4Addr>,
     ) -> Option<Ipv4Addr> {
         let mut book = self.book();
@@ -240,6 +262,7 @@ impl Ledger {
         let address = match mode {
             NetworkMode::User => loopback::allocate(machine, &used)?,
             NetworkMode::Nat => self.subnet?.allocate(uid.as_str(), &used)?,
+            NetworkMode::Bridge(_) => return None,
         };
         book.addresses.insert(uid.clone(), address);
         Some(address)
@@ -270,7 +293,7 @@ mod tests {
         ledger.admit(&a, &pod, "n", None).unwrap();
         ledger.admit(&a, &pod, "n", None).unwrap();
         assert_eq!(ledger.admit(&b, &pod, "n", None).unwrap_err().reason, "OutOfmemory");
-        let (user, none) = (NetworkMode::User, BTreeSet::new());
+        let (user, none) = (&NetworkMode::User, BTreeSet::new());
         let first = ledger.address(&a, &a.machine(0), user, &none).unwrap();
         assert_eq!(
             ledger.address(&a, &a.machine(1), user, &none),

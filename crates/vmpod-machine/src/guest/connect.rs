@@ -6,7 +6,7 @@
 //! Here several connections overlap: a new one is begun from time to time while the older ones wait, and the first on
 //! which a server speaks is used. None of them is spoken on before that.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,7 +16,10 @@ use futures::stream::FuturesUnordered;
 use russh::client::{self, AuthResult, Handle};
 use russh::keys::{PrivateKey, PrivateKeyWithHashAlg, PublicKey, PublicKeyOrCertificate};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
+
+use vmpod_network::learn::Learnt;
 
 use super::Waiting;
 use crate::directory::{MachineDir, write_whole};
@@ -35,10 +38,29 @@ pub(super) struct Target {
     pub(super) id: MachineId,
     pub(super) console: PathBuf,
     address: Option<SocketAddr>,
+    /// Where the address is, when it has to be learnt.
+    learnt: watch::Receiver<Option<Learnt>>,
     access: Access,
     key: Option<PathBuf>,
     known_host: PathBuf,
     config: Arc<client::Config>,
+}
+
+/// A guest's address at some time.
+pub(super) struct Moved {
+    learnt: watch::Receiver<Option<Learnt>>,
+    from: Option<Ipv4Addr>,
+}
+
+impl Moved {
+    /// Waits until the guest has another address than then; for ever where it has one for good.
+    pub(super) async fn moved(&mut self) {
+        let Some(from) = self.from else { return std::future::pending().await };
+        let other = |learnt: &Option<Learnt>| learnt.is_none_or(|learnt| learnt.address != from);
+        if self.learnt.wait_for(other).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 /// A connection that is logged in.
@@ -76,7 +98,7 @@ impl client::Handler for Client {
 }
 
 impl Target {
-    pub(super) fn new(spec: &Spec, dir: &MachineDir) -> Self {
+    pub(super) fn new(spec: &Spec, dir: &MachineDir, learnt: watch::Receiver<Option<Learnt>>) -> Self {
         let key = match &spec.access.auth {
             Auth::Key(path) => Some(dir.path().join(path)),
             Auth::Password(_) => None,
@@ -92,6 +114,7 @@ impl Target {
             id: spec.id.clone(),
             console: dir.console(),
             address: spec.ssh_address(),
+            learnt,
             access: spec.access.clone(),
             key,
             known_host: dir.file("known_host"),
@@ -107,6 +130,30 @@ impl Target {
     /// Whether somebody connected to this machine before.
     pub(super) fn was_connected(&self) -> bool {
         self.known_host.exists()
+    }
+
+    fn address(&self) -> Option<SocketAddr> {
+        let learnt = || self.learnt.borrow().map(|learnt| (learnt.address, self.access.port).into());
+        self.address.or_else(learnt)
+    }
+
+    /// Waits until the address is known, and tells when it has become another.
+    pub(super) async fn located(&self) -> Moved {
+        let mut learnt = self.learnt.clone();
+        if self.address.is_some() {
+            return Moved { learnt, from: None };
+        }
+        let known = learnt.wait_for(Option::is_some).await.map(|learnt| learnt.map(|learnt| learnt.address));
+        match known {
+            Ok(from) => Moved { learnt, from },
+            // The machine is over.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Whether the address is known.
+    pub(super) fn is_located(&self) -> bool {
+        self.address().is_some()
     }
 
     /// Connects, however long it takes, and tells meanwhile what it waits for. `listens` says that the guest's server
@@ -154,7 +201,7 @@ impl Target {
 
     /// Connects and waits until the other side speaks, without saying anything.
     async fn knock(&self) -> Result<TcpStream, Waiting> {
-        let address = self.address.ok_or_else(|| Waiting::Broken("the machine has no address".to_owned()))?;
+        let address = self.address().ok_or(Waiting::Address)?;
         let waits = async {
             let stream = TcpStream::connect(address).await.map_err(|_| Waiting::Refused)?;
             match stream.peek(&mut [0]).await {

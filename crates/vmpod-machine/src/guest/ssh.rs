@@ -8,6 +8,7 @@ use russh::ChannelOpenFailure;
 use russh::client::Msg;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
+use vmpod_network::learn::Learnt;
 
 use super::carry::{self, Prepared};
 use super::connect::{Session, Target};
@@ -36,9 +37,10 @@ impl SshLink {
         spec: &Spec,
         dir: &MachineDir,
         state: watch::Receiver<State>,
+        learnt: watch::Receiver<Option<Learnt>>,
     ) -> (Arc<Self>, tokio::task::AbortHandle) {
         let link = Arc::new(Self {
-            target: Target::new(spec, dir),
+            target: Target::new(spec, dir, learnt),
             os: spec.os,
             state,
             ready: watch::Sender::new(GuestState::Waiting(Waiting::Machine)),
@@ -78,13 +80,25 @@ impl SshLink {
             }
         }
         loop {
-            let session = Arc::new(self.target.connect(knocked, &|why| self.waiting(why)).await);
+            if !self.target.is_located() {
+                self.waiting(Waiting::Address);
+            }
+            let mut place = self.target.located().await;
+            let tell = |why| self.waiting(why);
+            let session = tokio::select! {
+                session = self.target.connect(knocked, &tell) => Arc::new(session),
+                () = place.moved() => continue,
+            };
             let closed = session.closed.clone();
             self.session.send_replace(Some(session));
             self.ready.send_replace(GuestState::Ready);
-            closed.cancelled().await;
+            let why = tokio::select! {
+                () = closed.cancelled() => "the SSH connection was closed",
+                // A connection to where the guest isn't any more would hang until somebody loses patience.
+                () = place.moved() => "the guest has another address",
+            };
             self.session.send_replace(None);
-            self.ready.send_replace(GuestState::Lost("the SSH connection was closed".to_owned()));
+            self.ready.send_replace(GuestState::Lost(why.to_owned()));
         }
     }
 

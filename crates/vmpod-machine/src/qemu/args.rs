@@ -314,12 +314,12 @@ mod tests {
         spec.networks = vec![Network::Tap {
             interface: "vmp0123456789a".to_owned(),
             bridge: "vmpod0".to_owned(),
-            address: Assigned {
+            address: Some(Assigned {
                 address: [10, 201, 0, 7].into(),
                 prefix: 16,
                 gateway: [10, 201, 0, 1].into(),
                 dns: [10, 201, 0, 1].into(),
-            },
+            }),
             mac: MacAddr::derive("tiny-0"),
             hostname: "tiny".to_owned(),
             isolated: false,

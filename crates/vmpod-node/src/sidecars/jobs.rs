@@ -48,7 +48,7 @@ impl Shared {
         env: &[(String, String)],
     ) -> Result<volumes::Layout, String> {
         let mut contents = self.contents.lock().await;
-        let layout = contents.layout(pod, container, &self.world.facts(network.gateway), env).await?;
+        let layout = contents.layout(pod, container, &self.world.facts(Some(network.gateway)), env).await?;
         let (dir, kept) = (self.volumes(), layout.clone());
         let written = tokio::task::spawn_blocking(move || {
             for (name, content) in &kept.volumes {
@@ -77,7 +77,7 @@ impl Shared {
         body::check_user(pod, container, &user).map_err(config)?;
         let fetched = fetch(&self.world.client, pod::namespace(pod), &Needs::of(container)).await;
         let fetched = fetched.map_err(|error| config(error.message()))?;
-        let env = env::resolve(pod, container, &fetched, &self.world.facts(network.gateway));
+        let env = env::resolve(pod, container, &fetched, &self.world.facts(Some(network.gateway)));
         let env = env.map_err(|error| config(error.to_string()))?;
         let words = |list: &Option<Vec<String>>| env::command_line(list.as_deref().unwrap_or_default(), &[], &env);
         let (entrypoint, args) = (words(&container.command), words(&container.args));

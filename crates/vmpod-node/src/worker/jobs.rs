@@ -15,8 +15,10 @@ use super::{
 };
 use crate::{
     action::{Action, Place, Where},
-    limited, snapshots, translate,
-    world::Wanted,
+    limited,
+    network::Place as NetworkPlace,
+    snapshots, translate,
+    world::{NoAddress, Wanted},
 };
 
 /// The variable that tells the main process where the containers beside its machine are.
@@ -55,16 +57,14 @@ impl Worker {
         let (world, pod) = (Arc::clone(&self.world), self.pod.clone()?);
         let number = self.record.as_ref()?.next_attempt();
         let address = match &self.crew {
-            Some(crew) => crew.view().borrow().company.address,
+            Some(crew) => crew.view().borrow().company.address.map(Some).ok_or(NoAddress),
             None => world.address(&self.uid, &pod, number),
         };
         let beside = self.crew.as_ref().and_then(|crew| crew.view().borrow().containers);
         Some(Box::pin(async move {
             let container =
                 pod::machine_container(&pod).ok_or_else(|| Failure::new("InvalidPod", "the pod has no container"))?;
-            let Some(address) = address else {
-                return Err(Failure::new("FailedCreatePodSandBox", "no address is free for the machine"));
-            };
+            let address = address.map_err(|error| Failure::new("FailedCreatePodSandBox", error.to_string()))?;
             let facts = world.facts(address);
             let image = async {
                 image_pull::ensure(&world.store, &world.client, &world.registries, &world.events, &pod, container)
@@ -93,7 +93,7 @@ impl Worker {
     fn prepare(&self) -> Option<Work> {
         let (world, pod, uid) = (Arc::clone(&self.world), self.pod.clone()?, self.uid.clone());
         let record = self.record.as_ref()?;
-        let (id, attempt, address) = (record.machine()?, record.attempt.clone()?, record.address?);
+        let (id, attempt, address) = (record.machine()?, record.attempt.clone()?, record.address);
         let user_data = self.run.as_ref().and_then(|run| run.user_data.clone());
         let mut wanted = self.wanted.clone();
         Some(Box::pin(async move {
@@ -129,13 +129,12 @@ impl Worker {
                 image: &attempt.image.name,
                 clone: &clone,
                 size,
-                address,
+                place: NetworkPlace::of(&pod, &world.network, world.nat.config(), address).map_err(failed)?,
                 key: (key.path, key.public),
                 user_data,
                 accel: world.accel,
                 host: Arch::host(),
                 low_ports: world.low_ports,
-                nat: Some(world.nat.config()).filter(|nat| nat.subnet.contains(address)),
             })
             .map_err(|error| failed(error.to_string()))?;
             let spec = match &world.snapshots {
@@ -246,7 +245,7 @@ async fn hook(
 ) -> Result<(), String> {
     let Some(container) = pod::machine_container(pod) else { return Ok(()) };
     let Some(action) = which(pod).and_then(Action::of_hook) else { return Ok(()) };
-    let (mut state, at) = (machine.state(), Where::guest(machine));
+    let (mut state, at) = (machine.state(), Where::Guest(machine.clone()));
     let place = Place { at: &at, container, run };
     tokio::select! {
         result = place.act(action) => result,

@@ -13,7 +13,7 @@ use crate::{
     collect::{Collector, Source},
     error_chain,
     events::Kind,
-    plan::{MachineSeen, Observed, Resolved},
+    plan::{Location, MachineSeen, Observed, Resolved},
     pod,
     probe::{Purpose, Verdict},
     prober::{Prober, Subject},
@@ -56,11 +56,11 @@ impl Worker {
         if has_volumes
             && self.local.keeper.is_none()
             && !state.is_final()
-            && let Some(address) = record.address
+            && let Some(address) = record.address.or_else(|| machine.reachable())
         {
             // What ran before this agent came had its volumes.
             self.local.mounted |= main_known || (!has_main && attempt.started.is_some());
-            let facts = self.world.facts(address);
+            let facts = self.world.facts(Some(address));
             let (send, id) = (self.send.clone(), machine.id().clone());
             // Nobody listens any more: the worker is over.
             let mounted = move || drop(send.send(Input::Mounted(id)));
@@ -117,7 +117,7 @@ impl Worker {
             Main::Unstarted | Main::Asked | Main::Ended { .. } => return,
         };
         let known = status::shown(pod, &container.name, &format!("vmpod://{}", machine.id()));
-        let at = Where::guest(machine);
+        let at = Where::Guest(machine.clone());
         let subject = Subject { at, container: container.clone(), run: self.run.clone(), since };
         let (world, pod, uid) = (Arc::clone(&self.world), Arc::clone(pod), self.uid.clone());
         self.local.prober = Some(Prober::start(subject, known, move |purpose, answer| {
@@ -187,6 +187,7 @@ impl Worker {
             restored: machine.is_some_and(|machine| machine.spec().template().is_some()),
             guest_ready,
             guest,
+            location: machine.map(Location::of).unwrap_or_default(),
             resolved: if self.resolved.is_some() { Resolved::Yes } else { Resolved::No },
             trouble: self.trouble.as_ref().map(|(trouble, _)| trouble.clone()),
             drained,

@@ -1,32 +1,15 @@
 //! The networks of the machines.
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use vmpod_network::Subnet;
-
-/// Which network pods get.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Mode {
-    /// The hypervisor's own: no privilege, a loopback address of this host for each machine.
-    User,
-    /// A bridge of this host: an address for each machine. Needs root and nftables.
-    Nat,
-}
-
-impl From<Mode> for vmpod_node::NetworkMode {
-    fn from(mode: Mode) -> Self {
-        match mode {
-            Mode::User => Self::User,
-            Mode::Nat => Self::Nat,
-        }
-    }
-}
+use vmpod_node::NetworkMode;
 
 /// The networks of the machines.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Network {
-    /// The network of pods that name none with the annotation vmpod.dev/network
-    #[arg(long, value_name = "KIND", value_enum, default_value_t = Mode::User)]
-    pub(crate) network: Mode,
+    /// The network of pods that name none with the annotation vmpod.dev/network: user, nat or bridge:NAME
+    #[arg(long, value_name = "NETWORK", default_value = "user")]
+    pub(crate) network: NetworkMode,
     /// The bridge of the network nat; two agents on one host need two
     #[arg(long, value_name = "NAME", default_value = vmpod_network::nat::USUAL_BRIDGE, value_parser = bridge)]
     pub(crate) nat_bridge: String,
@@ -37,7 +20,11 @@ pub(crate) struct Network {
 
 impl Default for Network {
     fn default() -> Self {
-        Self { network: Mode::User, nat_bridge: vmpod_network::nat::USUAL_BRIDGE.to_owned(), nat_subnet: Subnet::USUAL }
+        Self {
+            network: NetworkMode::User,
+            nat_bridge: vmpod_network::nat::USUAL_BRIDGE.to_owned(),
+            nat_subnet: Subnet::USUAL,
+        }
     }
 }
 
