@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use e2e::namespace::{in_namespace, leftovers, name_server, sh};
+use e2e::prerequisites::repository;
 use e2e::{Home, Up, eventually, pods};
 use serde_json::{Value, json};
 
@@ -56,6 +57,9 @@ fn machines_have_addresses_of_their_own() -> Result<()> {
             addresses.push(address);
         }
         ensure!(addresses.iter().collect::<BTreeSet<_>>().len() == 6 && macs.len() == 6, "{addresses:?} {macs:?}");
+
+        let example = repository().join("examples/network.yaml");
+        up.kubectl_ok(&["apply", "--dry-run=server", "-f", &example.to_string_lossy()]).await?;
 
         // This host, each other, names, the host's port.
         let page = "from the machine\n";

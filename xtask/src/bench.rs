@@ -7,6 +7,7 @@ mod api;
 mod fleet_burst;
 mod fleet_month;
 mod image;
+mod network;
 mod node;
 mod pod_start;
 mod process;
@@ -27,6 +28,8 @@ pub(crate) enum Name {
     Image,
     /// The agent's memory, idle and for each pod, and exec over ssh with a control socket
     Node,
+    /// A machine's place on the network nat, DHCP and throughput, over a bridge and dnsmasq by hand
+    Network,
     /// From nothing to a thousand runners on simulated nodes, and the operator's memory with ten thousand
     FleetBurst,
     /// A simulated month of CI jobs: waits and machine-hours, over a rule of utilization for each flavour
@@ -41,6 +44,7 @@ pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path
         Name::PodStart => pod_start::run(quick, program, root),
         Name::Image => image::run(quick, program, root),
         Name::Node => node::run(quick, program, root),
+        Name::Network => network::run(quick, root),
         Name::FleetBurst => fleet_burst::run(quick, program, root),
         Name::FleetMonth => fleet_month::run(quick, root),
         Name::Api => api::run(quick, program, root),

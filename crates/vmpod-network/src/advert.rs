@@ -14,14 +14,14 @@ const ADVERTISEMENT: u8 = 134;
 /// Seconds for which addresses of the prefix are valid, and preferred.
 const LIFETIME: u32 = 86_400;
 
-/// Whether an ICMPv6 packet asks for an advertisement.
+/// Whether an `ICMPv6` packet asks for an advertisement.
 #[must_use]
 pub fn is_solicitation(packet: &[u8]) -> bool {
     // Type, code, checksum, four reserved bytes; options may follow.
     matches!(packet, [SOLICITATION, 0, _, _, _, _, _, _, ..])
 }
 
-/// An advertisement for a prefix of 64 bits, as ICMPv6; the kernel fills in the checksum.
+/// An advertisement for a prefix of 64 bits, as `ICMPv6`; the kernel fills in the checksum.
 #[must_use]
 pub fn advertisement(prefix: Ipv6Addr, router: MacAddr) -> Vec<u8> {
     let mut bytes = vec![ADVERTISEMENT, 0, 0, 0];
@@ -42,8 +42,11 @@ pub fn advertisement(prefix: Ipv6Addr, router: MacAddr) -> Vec<u8> {
 /// The address that a guest makes from a prefix and its hardware address (RFC 4291, appendix A), unless it prefers others.
 #[must_use]
 pub fn address(prefix: Ipv6Addr, mac: MacAddr) -> Ipv6Addr {
-    let ([a, b, c, d, e, f], mut octets) = (mac.octets(), prefix.octets());
-    octets[8..].copy_from_slice(&[a ^ 2, b, c, 0xff, 0xfe, d, e, f]);
+    let (mac, mut octets) = (mac.octets(), prefix.octets());
+    octets[8..11].copy_from_slice(&mac[..3]);
+    octets[8] ^= 2;
+    octets[11..13].copy_from_slice(&[0xff, 0xfe]);
+    octets[13..].copy_from_slice(&mac[3..]);
     Ipv6Addr::from(octets)
 }
 

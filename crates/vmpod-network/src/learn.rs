@@ -161,10 +161,9 @@ impl Learner {
                 }
                 (self.heard, self.other) = (Some(now), None);
             }
-            Seen::Grants { .. } => {}
             Seen::Releases => *self = Self::default(),
             Seen::Speaks(address) if usable(address) => self.speaks(address, now),
-            Seen::Speaks(_) => {}
+            Seen::Grants { .. } | Seen::Speaks(_) => {}
         }
     }
 

@@ -3,10 +3,7 @@
 //! The whole of it is always made anew, in one transaction of the kernel: there is no moment without rules and no rule that
 //! somebody forgot. Two tables carry our name and the bridge's; nothing outside of them is read or touched.
 
-use std::{
-    fmt::Write as _,
-    net::{Ipv4Addr, Ipv6Addr},
-};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::{
     address::Subnet,
@@ -22,10 +19,7 @@ pub fn table(bridge: &str) -> String {
 /// Makes the tables what they are to be, whether they exist or not.
 #[must_use]
 pub fn ruleset(bridge: &str, subnet: Subnet, prefix: Ipv6Addr, machines: &[Reservation]) -> String {
-    let mut text = removal(bridge);
-    // Writing to a String doesn't fail.
-    let _ = write!(text, "{}\n{}", routed(bridge, subnet, prefix, machines), bridged(bridge, machines));
-    text
+    [removal(bridge), routed(bridge, subnet, prefix, machines), "\n".to_owned(), bridged(bridge, machines)].concat()
 }
 
 /// Removes the tables, whether they exist or not.
@@ -50,8 +44,7 @@ fn routed(bridge: &str, subnet: Subnet, prefix: Ipv6Addr, machines: &[Reservatio
         set(wanted.map(|(address, port)| forward(address, port)))
     };
     let table = table(bridge);
-    let maps: String = [(Protocol::Tcp, "tcp"), (Protocol::Udp, "udp")]
-        .into_iter()
+    let maps = [(Protocol::Tcp, "tcp"), (Protocol::Udp, "udp")]
         .map(|(protocol, name)| {
             format!(
                 "\tmap {name}_ports {{\n\t\ttype inet_service : ipv4_addr . inet_service\n{}\t}}\n\
@@ -60,7 +53,7 @@ fn routed(bridge: &str, subnet: Subnet, prefix: Ipv6Addr, machines: &[Reservatio
                 ports(protocol, false),
             )
         })
-        .collect();
+        .concat();
     // To the host's own addresses, but for loopback: what comes from there can't be answered from elsewhere.
     let inwards: String = ["tcp", "udp"]
         .map(|name| {

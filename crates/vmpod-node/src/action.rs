@@ -116,16 +116,14 @@ impl Place<'_> {
     async fn connect(&self, port: &IntOrString) -> Result<Box<dyn Duplex>, String> {
         let port = self.port(port)?;
         match self.at {
-            Where::Guest(machine) => match machine.reachable() {
-                Some(address) => {
+            Where::Guest(machine) => {
+                if let Some(address) = machine.reachable() {
                     let stream = TcpStream::connect((address, port)).await.map_err(|error| error.to_string())?;
-                    Ok(Box::new(stream))
+                    return Ok(Box::new(stream));
                 }
-                None => {
-                    let stream = machine.guest().forward(port).await.map_err(|error| error_chain(&error))?;
-                    Ok(Box::new(stream))
-                }
-            },
+                let stream = machine.guest().forward(port).await.map_err(|error| error_chain(&error))?;
+                Ok(Box::new(stream))
+            }
             Where::Container { address, .. } => {
                 let address = address.ok_or("the pod's containers have no address")?;
                 let stream = TcpStream::connect((address, port)).await.map_err(|error| error.to_string())?;

@@ -18,7 +18,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use vmpod_machine::{Adopted, FaultPoints, MachineError, MachineId, TemplateError};
-use vmpod_network::nat::Nat;
+use vmpod_network::nat::{self, Nat};
 
 use crate::{
     Options,
@@ -144,11 +144,7 @@ impl Node {
         Snapshots::remove_makers(&options.machines, left.machines.iter().map(|(id, _)| id.clone())).await;
         left.machines.retain(|(id, _)| !snapshots::makes(id));
         let root = rustix::process::geteuid().is_root();
-        let privileged = root && cfg!(target_os = "linux");
-        let nat = Nat::new(options.nat);
-        if privileged {
-            take_over_network(&nat, &options.machines).await;
-        }
+        let (nat, privileged) = take_over_network(options.nat, &options.machines, root).await;
         let capacity = options.capacity;
         let allocatable = Requests {
             millicpus: capacity.allocatable_millicpus(),
@@ -506,8 +502,13 @@ impl Node {
     }
 }
 
-/// Serves the machines that are on the host's own network, or removes what is left of it.
-async fn take_over_network(nat: &Nat, machines: &vmpod_machine::Machines) {
+/// Serves the machines that are on the host's own network, or removes what is left of it. Also whether the agent may change the
+/// host's network.
+async fn take_over_network(config: nat::Config, machines: &vmpod_machine::Machines, root: bool) -> (Nat, bool) {
+    let nat = Nat::new(config);
+    if !root || !cfg!(target_os = "linux") {
+        return (nat, false);
+    }
     let running = machines.list().into_iter().filter(|machine| machine.state().borrow().is_live());
     let reserved = running.filter_map(|machine| {
         let (uid, _) = PodUid::of_machine(machine.id())?;
@@ -516,6 +517,7 @@ async fn take_over_network(nat: &Nat, machines: &vmpod_machine::Machines) {
     if let Err(error) = nat.restore(reserved.collect()).await {
         tracing::warn!(error = error_chain(&error), "the machines' network can't be taken over");
     }
+    (nat, true)
 }
 
 /// Removes containers and networks of pods that are here no more.

@@ -57,7 +57,7 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
         labels: args.object.node_label.iter().map(|label| (label.key.clone(), label.value.clone())).collect(),
         taints: args.object.taint.clone(),
         docker_host: args.docker.docker_host.clone(),
-        network: args.network.network.clone(),
+        network: args.network.usual.clone(),
         nat: vmpod_network::nat::Config {
             bridge: args.network.nat_bridge.clone(),
             subnet: args.network.nat_subnet,

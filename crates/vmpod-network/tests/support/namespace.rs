@@ -1,3 +1,4 @@
+#![expect(clippy::panic, reason = "tests fail by panicking")]
 //! Network namespaces: each test in one of its own, with others inside for guests and the world.
 
 use std::{

@@ -8,8 +8,8 @@ use vmpod_node::NetworkMode;
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Network {
     /// The network of pods that name none with the annotation vmpod.dev/network: user, nat or bridge:NAME
-    #[arg(long, value_name = "NETWORK", default_value = "user")]
-    pub(crate) network: NetworkMode,
+    #[arg(long = "network", value_name = "NETWORK", default_value = "user")]
+    pub(crate) usual: NetworkMode,
     /// The bridge of the network nat; two agents on one host need two
     #[arg(long, value_name = "NAME", default_value = vmpod_network::nat::USUAL_BRIDGE, value_parser = bridge)]
     pub(crate) nat_bridge: String,
@@ -21,7 +21,7 @@ pub(crate) struct Network {
 impl Default for Network {
     fn default() -> Self {
         Self {
-            network: NetworkMode::User,
+            usual: NetworkMode::User,
             nat_bridge: vmpod_network::nat::USUAL_BRIDGE.to_owned(),
             nat_subnet: Subnet::USUAL,
         }

@@ -8,6 +8,7 @@ use super::Check;
 const NAME: &str = "network nat";
 
 /// What matters of the host.
+#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 #[derive(Clone, Debug)]
 struct Host {
     root: bool,
