@@ -1,7 +1,7 @@
 //! A network that is up: its bridge, its firewall, and the services behind the gateway's address.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4},
     os::linux::net::SocketAddrExt as _,
@@ -48,6 +48,10 @@ pub(crate) struct Up {
     services: JoinSet<()>,
     /// The bridge that they listen on.
     index: u32,
+    /// The neighbours that are written down on it; none when that isn't known.
+    neighbours: Option<BTreeMap<Ipv4Addr, MacAddr>>,
+    /// The machines that the firewall is right for; none when that isn't known.
+    ruled: Option<Vec<Reservation>>,
 }
 
 impl Up {
@@ -55,15 +59,22 @@ impl Up {
     pub(crate) async fn claim(config: &Config, machines: &[Reservation]) -> Result<Self, NetworkError> {
         let claim = claim(config)?.ok_or_else(|| NetworkError::Taken(config.bridge.clone()))?;
         let kernel = Kernel::open()?;
-        let bridge = bridge(&kernel, config).await?;
+        let bridge = bridge(&kernel, config, None).await?;
         let ours = |port: &String| machines.iter().any(|machine| machine.interface == *port);
         if !kernel.ports(&bridge).await?.iter().all(ours) {
             // An agent that is down at the moment has machines that run.
             return Err(NetworkError::Taken(config.bridge.clone()));
         }
         set_kernel_value("/proc/sys/net/ipv4/ip_forward", "1")?;
-        let mut up =
-            Self { kernel, leases: Leases::default(), _claim: claim, services: JoinSet::new(), index: bridge.index };
+        let mut up = Self {
+            kernel,
+            leases: Leases::default(),
+            _claim: claim,
+            services: JoinSet::new(),
+            index: bridge.index,
+            neighbours: None,
+            ruled: None,
+        };
         if let Err(error) = up.serve(config) {
             // Nobody is on it yet.
             if up.kernel.neighbours(&bridge).await.is_ok_and(|known| known.is_empty()) {
@@ -74,35 +85,69 @@ impl Up {
         Ok(up)
     }
 
-    /// Makes everything what these machines need.
+    /// Makes everything what these machines need. What is known to be so already isn't asked of the kernel again.
     pub(crate) async fn apply(&mut self, config: &Config, machines: &[Reservation]) -> Result<(), NetworkError> {
-        let bridge = bridge(&self.kernel, config).await?;
+        let bridge = bridge(&self.kernel, config, Some(self.index)).await?;
         if bridge.index != self.index {
             // Somebody removed it, and what listened on it hears nothing any more.
             self.services.shutdown().await;
             self.serve(config)?;
             self.index = bridge.index;
+            self.neighbours = None;
         }
-        nft(&rules::ruleset(&config.bridge, config.subnet, config.prefix(), machines)).await?;
-        let wanted: BTreeSet<_> = machines.iter().map(|machine| machine.address).collect();
-        for machine in machines {
-            self.kernel.add_neighbour(&bridge, machine.address, machine.mac).await?;
-            // Its port may have lost its bridge.
-            if let Some(port) = self.kernel.interface(&machine.interface).await?
-                && port.controller != Some(bridge.index)
-            {
-                self.kernel.attach(&port, &bridge).await?;
+        self.rule(config, machines).await?;
+        let wanted: BTreeMap<_, _> = machines.iter().map(|machine| (machine.address, machine.mac)).collect();
+        if self.neighbours.is_none() {
+            // Their ports may have lost their bridge, and neighbours of an earlier process may be written down.
+            for machine in machines {
+                if let Some(port) = self.kernel.interface(&machine.interface).await?
+                    && port.controller != Some(bridge.index)
+                {
+                    self.kernel.attach(&port, &bridge).await?;
+                }
             }
         }
-        for address in self.kernel.neighbours(&bridge).await? {
-            if !wanted.contains(&address) {
-                self.kernel.remove_neighbour(&bridge, address).await?;
+        let known = if let Some(known) = self.neighbours.take() {
+            known
+        } else {
+            let there = self.kernel.neighbours(&bridge).await?;
+            // Whatever hardware address they have: it is written again.
+            there.into_iter().map(|address| (address, MacAddr::new([0; 6]))).collect()
+        };
+        for (address, mac) in &wanted {
+            if known.get(address) != Some(mac) {
+                self.kernel.add_neighbour(&bridge, *address, *mac).await?;
             }
         }
+        for address in known.keys().filter(|address| !wanted.contains_key(*address)) {
+            self.kernel.remove_neighbour(&bridge, *address).await?;
+        }
+        self.neighbours = Some(wanted);
         let lease = |machine: &Reservation| {
             (machine.mac, Lease { address: machine.address, hostname: machine.hostname.clone() })
         };
         *self.leases.write().unwrap_or_else(PoisonError::into_inner) = machines.iter().map(lease).collect();
+        Ok(())
+    }
+
+    /// Makes the firewall right.
+    async fn rule(&mut self, config: &Config, machines: &[Reservation]) -> Result<(), NetworkError> {
+        if let Some(before) = self.ruled.take() {
+            let done = match rules::change(&config.bridge, config.prefix(), &before, machines) {
+                Some(change) => nft(&change).await,
+                None => Ok(()),
+            };
+            match done {
+                Ok(()) => {
+                    self.ruled = Some(machines.to_vec());
+                    return Ok(());
+                }
+                // Somebody has flushed the host's rules, say.
+                Err(error) => tracing::debug!(%error, "the firewall isn't what it was; it is made anew"),
+            }
+        }
+        nft(&rules::ruleset(&config.bridge, config.subnet, config.prefix(), machines)).await?;
+        self.ruled = Some(machines.to_vec());
         Ok(())
     }
 
@@ -168,8 +213,8 @@ fn claim(config: &Config) -> Result<Option<std::os::unix::net::UnixListener>, Ne
     }
 }
 
-/// Our bridge with its addresses; made when it isn't there.
-async fn bridge(kernel: &Kernel, config: &Config) -> Result<Interface, NetworkError> {
+/// Our bridge with its addresses; made when it isn't there. One whose number is `known` has them.
+async fn bridge(kernel: &Kernel, config: &Config, known: Option<u32>) -> Result<Interface, NetworkError> {
     let mut found = kernel.interface(&config.bridge).await?;
     if found.is_none() {
         for (address, prefix, index) in kernel.addresses().await? {
@@ -191,6 +236,9 @@ async fn bridge(kernel: &Kernel, config: &Config) -> Result<Interface, NetworkEr
     }
     let bridge = found.filter(|bridge| bridge.alias.as_deref() == Some(ALIAS));
     let bridge = bridge.ok_or_else(|| NetworkError::Foreign(config.bridge.clone()))?;
+    if known == Some(bridge.index) {
+        return Ok(bridge);
+    }
     kernel.add_address(&bridge, config.subnet.gateway().into(), config.subnet.prefix()).await?;
     if let Err(error) = kernel.add_address(&bridge, config.gateway6().into(), 64).await {
         tracing::debug!(%error, "the bridge gets no IPv6 address");

@@ -240,8 +240,22 @@ fn thirty_machines_at_once_share_nothing() {
             let said = lease(&machine).expect("a lease");
             assert!(said.contains(&format!("ip={}\n", one.address)), "{said}");
         }
+        // Element by element it came to what it is when it is made at once.
+        let rules = || {
+            let text = shell("nft list ruleset");
+            let mut words: Vec<_> = text.replace(',', " ").split_whitespace().map(str::to_owned).collect();
+            words.sort();
+            words
+        };
+        nat.release(&all[29].owner).await.unwrap();
+        let grown = rules();
+        let fresh = Nat::new(nat.config().clone());
+        drop(nat);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        fresh.restore(all[..29].to_vec()).await.unwrap();
+        assert!(rules() == grown, "{}", shell("nft list ruleset"));
         for one in all {
-            let nat = nat.clone();
+            let nat = fresh.clone();
             tasks.spawn(async move { nat.release(&one.owner).await.unwrap() });
         }
         while let Some(done) = tasks.join_next().await {
