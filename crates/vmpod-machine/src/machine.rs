@@ -44,6 +44,12 @@ struct Shared {
     commands: mpsc::UnboundedSender<Command>,
 }
 
+/// Waits until a machine's process runs; false when it is over, or nobody drives it any more.
+pub(crate) async fn until_running(state: &mut watch::Receiver<State>) -> bool {
+    let begun = state.wait_for(|state| !matches!(state, State::Preparing | State::Booting)).await;
+    begun.is_ok_and(|state| !state.is_final())
+}
+
 /// What a handle asks of the driver.
 enum Command {
     Input(Input, oneshot::Sender<Result<(), Denied>>),

@@ -58,6 +58,14 @@ pub enum NetworkError {
         /// The interface that has it.
         interface: String,
     },
+    /// Another machine has the port.
+    #[error("port {port} of this host leads to another machine already ({owner})")]
+    PortTaken {
+        /// The port.
+        port: u16,
+        /// Whose it is: a pod's UID.
+        owner: String,
+    },
     /// A program that is needed.
     #[error("can't run {program}: {why}")]
     Program {

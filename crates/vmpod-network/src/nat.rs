@@ -147,6 +147,9 @@ impl Nat {
         if state.up.is_some() && state.machines.get(&machine.owner) == Some(&machine) {
             return Ok(());
         }
+        if let Some((port, other)) = taken(&machine, state.machines.values()) {
+            return Err(NetworkError::PortTaken { port, owner: other.to_owned() });
+        }
         let (owner, before) = (machine.owner.clone(), state.machines.insert(machine.owner.clone(), machine));
         let done = self.apply(&mut state).await;
         if done.is_err() {
@@ -155,6 +158,12 @@ impl Nat {
                 Some(before) => state.machines.insert(owner, before),
                 None => state.machines.remove(&owner),
             };
+            if state.machines.is_empty()
+                && let Some(up) = state.up.take()
+                && let Err(error) = up.down(&self.inner.config).await
+            {
+                tracing::debug!(%error, "a network that could not be made is left");
+            }
         }
         done
     }
@@ -185,6 +194,18 @@ impl Nat {
         };
         up.apply(&self.inner.config, &machines).await
     }
+}
+
+/// A port of the host that this machine wants and another one has.
+fn taken<'a>(machine: &Reservation, others: impl Iterator<Item = &'a Reservation>) -> Option<(u16, &'a str)> {
+    let same = |one: &HostPort, two: &HostPort| {
+        let meet = one.host.is_none() || two.host.is_none() || one.host == two.host;
+        one.protocol == two.protocol && one.host_port == two.host_port && meet
+    };
+    others.filter(|other| other.owner != machine.owner).find_map(|other| {
+        let port = machine.ports.iter().find(|port| other.ports.iter().any(|had| same(port, had)))?;
+        Some((port.host_port, other.owner.as_str()))
+    })
 }
 
 #[cfg(target_os = "linux")]
@@ -223,6 +244,30 @@ mod backend {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_port_of_the_host_has_one_machine() {
+        let machine = |owner: &str, protocol, host: Option<[u8; 4]>, host_port| Reservation {
+            owner: owner.to_owned(),
+            mac: MacAddr::new([2, 0, 0, 0, 0, 1]),
+            address: [10, 201, 0, 2].into(),
+            hostname: None,
+            interface: "vmp".to_owned(),
+            isolated: false,
+            ports: vec![HostPort { protocol, host: host.map(Ipv4Addr::from), host_port, guest_port: 80 }],
+        };
+        let has = machine("a", Protocol::Tcp, Some([192, 0, 2, 1]), 80);
+        for (wants, meets) in [
+            (machine("b", Protocol::Tcp, None, 80), true),
+            (machine("b", Protocol::Tcp, Some([192, 0, 2, 1]), 80), true),
+            (machine("b", Protocol::Tcp, Some([192, 0, 2, 2]), 80), false),
+            (machine("b", Protocol::Udp, None, 80), false),
+            (machine("b", Protocol::Tcp, None, 81), false),
+            (machine("a", Protocol::Tcp, None, 80), false),
+        ] {
+            assert_eq!(taken(&wants, std::iter::once(&has)).is_some(), meets, "{wants:?}");
+        }
+    }
 
     #[test]
     fn interfaces_have_names_that_the_kernel_takes() {

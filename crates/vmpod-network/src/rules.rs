@@ -127,7 +127,9 @@ fn routed(bridge: &str, subnet: Subnet, elements: &Elements) -> String {
          \tchain inwards {{\n\t\ttype nat hook prerouting priority -100\n{inwards}\t}}\n\
          \tchain inwards_from_host {{\n\t\ttype nat hook output priority -100\n{inwards}\t}}\n\
          \tchain between {{\n\t\ttype filter hook forward priority 0\n\
-         \t\tiifname != \"{bridge}\" accept\n\t\toifname != \"{bridge}\" accept\n\t\tct status dnat accept\n\
+         \t\tiifname != \"{bridge}\" oifname != \"{bridge}\" accept\n\
+         \t\tct status dnat accept\n\t\tct state established,related accept\n\
+         \t\tiifname != \"{bridge}\" drop\n\t\toifname != \"{bridge}\" accept\n\
          \t\tip saddr @isolated drop\n\t\tip daddr @isolated drop\n\
          \t\tip6 saddr @isolated6 drop\n\t\tip6 daddr @isolated6 drop\n\t}}\n}}\n",
         isolated = elements.line("inet", "isolated"),

@@ -159,11 +159,12 @@ impl Up {
 
     fn serve(&mut self, config: &Config) -> Result<(), NetworkError> {
         let failed = |what| move |source| NetworkError::Serve { what, bridge: config.bridge.clone(), source };
-        let dhcp = udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, dhcp::SERVER_PORT).into(), Some(&config.bridge));
+        let dhcp = udp(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, dhcp::SERVER_PORT).into(), &config.bridge);
         let dhcp = dhcp.map_err(failed("DHCP"))?;
         self.services.spawn(answer_dhcp(dhcp, config.clone(), Arc::clone(&self.leases)));
         let gateway = SocketAddr::from((config.subnet.gateway(), 53));
-        let names = udp(gateway, None).and_then(|socket| Ok((socket, listen(gateway)?))).map_err(failed("DNS"))?;
+        let names = udp(gateway, &config.bridge).and_then(|socket| Ok((socket, listen(gateway, &config.bridge)?)));
+        let names = names.map_err(failed("DNS"))?;
         let open = Arc::new(Semaphore::new(QUESTIONS));
         self.services.spawn(answer_names(names.0, Arc::clone(&open)));
         self.services.spawn(carry_names(names.1, open));
@@ -192,11 +193,13 @@ pub(crate) async fn sweep(config: &Config) -> Result<(), NetworkError> {
 }
 
 async fn remove(kernel: &Kernel, config: &Config) -> Result<(), NetworkError> {
-    nft(&rules::removal(&config.bridge)).await?;
-    match kernel.interface(&config.bridge).await? {
-        Some(bridge) if bridge.alias.as_deref() == Some(ALIAS) => kernel.remove(&bridge).await,
-        _ => Ok(()),
+    // The one doesn't wait for the other's success.
+    let ruled = nft(&rules::removal(&config.bridge)).await;
+    if let Some(bridge) = kernel.interface(&config.bridge).await?.filter(|found| found.alias.as_deref() == Some(ALIAS))
+    {
+        kernel.remove(&bridge).await?;
     }
+    ruled
 }
 
 /// The right to the network, by a name that only one socket of the network namespace can have.
@@ -273,23 +276,24 @@ async fn nft(text: &str) -> Result<(), NetworkError> {
     Err(failed(format!("{} ({})", lines.join("; "), output.status)))
 }
 
-fn udp(address: SocketAddr, device: Option<&str>) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(address), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
-    if let Some(device) = device {
-        // Others serve on other interfaces.
-        socket.set_reuse_address(true)?;
-        socket.set_broadcast(true)?;
-        socket.bind_device(Some(device.as_bytes()))?;
-    }
+/// A socket that hears only what comes over the bridge: others serve on other interfaces, and others ask there.
+fn socket(kind: Type, protocol: Protocol, address: SocketAddr, bridge: &str) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind.nonblocking(), Some(protocol))?;
+    // What the last agent's connections left doesn't keep this one out.
+    socket.set_reuse_address(true)?;
+    socket.bind_device(Some(bridge.as_bytes()))?;
     socket.bind(&address.into())?;
+    Ok(socket)
+}
+
+fn udp(address: SocketAddr, bridge: &str) -> io::Result<UdpSocket> {
+    let socket = socket(Type::DGRAM, Protocol::UDP, address, bridge)?;
+    socket.set_broadcast(true)?;
     UdpSocket::from_std(socket.into())
 }
 
-fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
-    // What the last agent's connections left doesn't keep this one out.
-    socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
+fn listen(address: SocketAddr, bridge: &str) -> io::Result<TcpListener> {
+    let socket = socket(Type::STREAM, Protocol::TCP, address, bridge)?;
     socket.listen(64)?;
     TcpListener::from_std(socket.into())
 }

@@ -92,6 +92,10 @@ fn a_machine_has_its_address_the_world_and_its_ports() {
         assert_eq!(neighbour.shell("busybox nc -w 5 192.0.2.1 8080 </dev/null"), heard, "from a neighbour");
         drop(server);
 
+        // But not by a way through this host that nobody opened.
+        world.shell("ip route add 10.77.0.0/24 via 192.0.2.1");
+        assert!(!pings(&world, "10.77.0.7"), "the world reaches the machine by itself");
+
         // It made itself an IPv6 address from what was advertised, and the host reaches it there.
         let expected = vmpod_network::advert::address(config().prefix(), first.mac).to_string();
         machine.until(&format!("ip -6 addr show dev eth0 | grep -v tentative | grep -q {expected}"));

@@ -20,6 +20,7 @@ use super::{
 use crate::console;
 use crate::directory::MachineDir;
 use crate::lifecycle::State;
+use crate::machine::until_running;
 use crate::spec::{GuestOs, Spec};
 
 /// The way into a guest over SSH.
@@ -53,11 +54,8 @@ impl SshLink {
     /// Keeps a connection for as long as the machine lives.
     async fn keep(self: Arc<Self>) {
         let mut state = self.state.clone();
-        let runs = |state: &State| !matches!(state, State::Preparing | State::Booting);
-        match state.wait_for(|state| runs(state)).await {
-            Ok(state) if state.is_final() => return,
-            Ok(_) => {}
-            Err(_) => return,
+        if !until_running(&mut state).await {
+            return;
         }
         tokio::select! {
             () = self.connections() => {}
