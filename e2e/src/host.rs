@@ -125,7 +125,8 @@ impl Drop for Host {
 pub async fn ready(machine: &Machine) -> Result<()> {
     let mut ready = machine.guest().ready();
     let state = tokio::time::timeout(PATIENCE, ready.wait_for(|state| *state == GuestState::Ready)).await;
-    state.with_context(|| format!("the guest isn't ready: {}", console(machine)))??;
+    let seen = machine.guest().ready().borrow().clone();
+    state.with_context(|| format!("{} isn't ready, {seen}: {}", machine.id(), console(machine)))??;
     Ok(())
 }
 

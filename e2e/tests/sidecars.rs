@@ -36,7 +36,7 @@ fn hybrid() -> Value {
     let mut side = beside(
         "side",
         "touch /work/side; head -c 2000000 /dev/zero >/fast/x 2>/dev/null || echo full; \
-         until word=$(wget -q -O - http://$POD:8080/word); do sleep 0.2; done; echo \"the machine says $word\"; \
+         until word=$(wget -q -O - http://$POD:8080/word 2>/dev/null); do sleep 0.2; done; echo \"the machine says $word\"; \
          exec httpd -f -p 9090 -h /work",
     );
     side["env"] = json!([{"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]);
