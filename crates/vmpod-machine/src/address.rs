@@ -54,6 +54,7 @@ mod ear {
         sender: watch::Sender<Option<Learnt>>,
     }
 
+    #[expect(clippy::unnecessary_wraps, reason = "as on systems where there is no task")]
     pub(super) fn start(
         interface: &str,
         mac: MacAddr,
