@@ -73,8 +73,9 @@ impl Lan {
     /// Makes it, with `address` on its interface `eth0`; the other end is a port of `bridge`.
     pub async fn join(bridge: &str, address: &str) -> Result<Self> {
         let mut holder = Command::new("unshare")
-            .args(["--net", "sh", "-c", "echo here; exec sleep 3600"])
-            .stdin(Stdio::null())
+            .args(["--net", "sh", "-c", "echo here; exec cat"])
+            // Its end of the pipe closes when this process ends, however it ends.
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;

@@ -4,7 +4,7 @@
 pub const USER_DATA: &str = "vmpod.dev/user-data";
 /// Name of a Secret in the Pod's namespace whose key `userdata` holds the user data.
 pub const USER_DATA_SECRET: &str = "vmpod.dev/user-data-secret";
-/// The network mode of the machine: `user` or `nat`; the node's usual one without it.
+/// The network mode of the machine: `user`, `nat` or `bridge:NAME`; the node's usual one without it.
 pub const NETWORK: &str = "vmpod.dev/network";
 /// `true` keeps other machines of a `nat` network from this one, and this one from them.
 pub const NETWORK_ISOLATED: &str = "vmpod.dev/network-isolated";

@@ -284,7 +284,6 @@ impl Hypervisor for Qemu {
 }
 
 /// Gives the machine's interfaces on this host their bridges.
-#[cfg(target_os = "linux")]
 async fn attach(spec: &Spec) -> Result<(), vmpod_network::NetworkError> {
     if spec.snapshot == Some(Snapshot::Make) {
         return Ok(());
@@ -295,13 +294,6 @@ async fn attach(spec: &Spec) -> Result<(), vmpod_network::NetworkError> {
         }
     }
     Ok(())
-}
-
-#[cfg(not(target_os = "linux"))]
-#[expect(clippy::unused_async, reason = "as where it can be done")]
-async fn attach(spec: &Spec) -> Result<(), vmpod_network::NetworkError> {
-    let taps = spec.networks.iter().any(|network| matches!(network, Network::Tap { .. }));
-    if taps { Err(vmpod_network::NetworkError::Unsupported) } else { Ok(()) }
 }
 
 /// The processor that a guest sees, as far as a snapshot depends on it.

@@ -113,9 +113,9 @@ fn parse_dhcp((from, to, payload): (u16, u16, &[u8]), guest: MacAddr, ours: bool
     }
 }
 
-/// How long a guest is silent under one address before its word for another counts. A guest with two addresses mustn't seem to
-/// change all the time, and one that changed must be found within seconds.
-const SILENT: SignedDuration = SignedDuration::from_secs(2);
+/// How long a guest that speaks under another address has to say that it has the first one still. It is asked, so that one with two
+/// addresses doesn't seem to change all the time, and one that changed is found within seconds.
+const ANSWER: SignedDuration = SignedDuration::from_secs(2);
 
 /// What is known of a guest's address.
 #[derive(Clone, Debug, Default)]
@@ -125,9 +125,7 @@ pub struct Learner {
     /// Until when the lease of `learnt` is good.
     until: Option<Timestamp>,
     learnt: Option<Learnt>,
-    /// When the guest last spoke under that address.
-    heard: Option<Timestamp>,
-    /// Another address under which it spoke since, and when first.
+    /// Another address under which it spoke, and until when it has to speak under the first.
     other: Option<(Ipv4Addr, Timestamp)>,
 }
 
@@ -135,7 +133,7 @@ impl Learner {
     /// One that goes on from what an earlier one learnt.
     #[must_use]
     pub fn resume(learnt: Option<Learnt>) -> Self {
-        Self { learnt, heard: learnt.map(|learnt| learnt.at), ..Self::default() }
+        Self { learnt, ..Self::default() }
     }
 
     /// The address, once there is one.
@@ -144,62 +142,70 @@ impl Learner {
         self.learnt
     }
 
-    /// When the address is to be forgotten unless something is heard.
-    #[must_use]
-    pub fn until(&self) -> Option<Timestamp> {
-        self.until
-    }
-
-    /// Takes something in.
-    pub fn step(&mut self, seen: Seen, now: Timestamp) {
+    /// Takes something in. The guest is to be asked whether it has the address still that is given back.
+    pub fn step(&mut self, seen: Seen, now: Timestamp) -> Option<Ipv4Addr> {
         match seen {
             Seen::Asks { request } => self.asked = Some(request),
             Seen::Grants { request, address, server, lease } if self.asked == Some(request) && usable(address) => {
-                self.until = now.checked_add(lease).ok();
+                (self.until, self.other) = (now.checked_add(lease).ok(), None);
                 if self.learnt.is_none_or(|learnt| learnt.address != address || learnt.from != Source::Dhcp(server)) {
                     self.learnt = Some(Learnt { address, from: Source::Dhcp(server), at: now });
                 }
-                (self.heard, self.other) = (Some(now), None);
             }
             Seen::Releases => *self = Self::default(),
-            Seen::Speaks(address) if usable(address) => self.speaks(address, now),
+            Seen::Speaks(address) if usable(address) => match self.learnt {
+                None => self.takes(address, now),
+                Some(learnt) if learnt.address == address => self.other = None,
+                Some(learnt) if self.other.is_none() => {
+                    self.other = Some((address, now.checked_add(ANSWER).unwrap_or(now)));
+                    return Some(learnt.address);
+                }
+                Some(_) => {}
+            },
             Seen::Grants { .. } | Seen::Speaks(_) => {}
         }
+        None
     }
 
-    fn speaks(&mut self, address: Ipv4Addr, now: Timestamp) {
-        let silent = |since: Timestamp| now.duration_since(since) >= SILENT;
-        match self.learnt {
-            Some(learnt) if learnt.address == address => (self.heard, self.other) = (Some(now), None),
-            Some(_) if self.heard.is_some_and(|heard| !silent(heard)) => {
-                self.other.get_or_insert((address, now));
-            }
-            _ => {
-                self.learnt = Some(Learnt { address, from: Source::Arp, at: now });
-                (self.until, self.heard, self.other) = (None, Some(now), None);
-            }
-        }
+    fn takes(&mut self, address: Ipv4Addr, now: Timestamp) {
+        let learnt = Some(Learnt { address, from: Source::Arp, at: now });
+        *self = Self { asked: self.asked, learnt, ..Self::default() };
     }
 
-    /// Takes in that time has passed: a lease that ran out is one no more, and another address that the guest spoke under counts
-    /// once the first stayed silent.
+    /// Takes in that time has passed: a lease that ran out is one no more, and neither is an address that the guest didn't answer
+    /// for.
     pub fn pass(&mut self, now: Timestamp) {
         if self.until.is_some_and(|until| until <= now) {
             *self = Self { asked: self.asked, other: self.other, ..Self::default() };
         }
-        if let Some((address, _)) = self.other
-            && self.heard.is_none_or(|heard| now.duration_since(heard) >= SILENT)
+        if let Some((address, until)) = self.other
+            && (until <= now || self.learnt.is_none())
         {
-            self.speaks(address, now);
+            self.takes(address, now);
         }
     }
 
     /// When [`pass`](Self::pass) is to be called next.
     #[must_use]
     pub fn wake(&self) -> Option<Timestamp> {
-        let other = self.other.and(self.heard).and_then(|heard| heard.checked_add(SILENT).ok());
-        [self.until, other].into_iter().flatten().min()
+        [self.until, self.other.map(|(_, until)| until)].into_iter().flatten().min()
     }
+}
+
+/// A frame that asks the guest with this hardware address whether it has an address: a probe (RFC 5227, section 2.1.1), which names
+/// nobody as the one who asks and so changes nobody's tables.
+#[must_use]
+pub fn probe(address: Ipv4Addr, guest: MacAddr) -> Vec<u8> {
+    let asks = MacAddr::derive(&format!("probe/{guest}")).octets();
+    let mut frame = Vec::with_capacity(42);
+    frame.extend(guest.octets());
+    frame.extend(asks);
+    // ARP over Ethernet and IPv4: a request.
+    frame.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    frame.extend(asks);
+    frame.extend([0; 10]);
+    frame.extend(address.octets());
+    frame
 }
 
 /// Whether others can reach a guest there: link-local addresses and the like are nobody's way in.
@@ -247,7 +253,7 @@ mod tests {
         // A renewal changes nothing but the time.
         learner.step(Seen::Asks { request: 8 }, at(31));
         learner.step(grants(8, A), at(31));
-        assert_eq!((learner.learnt().unwrap().at, learner.until()), (at(1), Some(at(91))));
+        assert_eq!((learner.learnt().unwrap().at, learner.wake()), (at(1), Some(at(91))));
         learner.step(Seen::Asks { request: 9 }, at(61));
         learner.step(grants(9, B), at(61));
         assert_eq!(shown(&learner), Some(B), "a changed lease shows at once");
@@ -260,17 +266,18 @@ mod tests {
         let mut learner = Learner::default();
         learner.step(Seen::Speaks(A), at(0));
         assert_eq!(learner.learnt().map(|learnt| (learnt.address, learnt.from)), Some((A, Source::Arp)));
-        // A second address beside the first changes nothing while the first is heard of.
-        learner.step(Seen::Speaks(B), at(1));
-        learner.step(Seen::Speaks(A), at(2));
-        learner.pass(at(60));
-        assert_eq!(shown(&learner), Some(A));
-        // A change is believed once the first is silent, with or without another word.
-        learner.step(Seen::Speaks(A), at(70));
-        learner.step(Seen::Speaks(B), at(71));
-        assert_eq!((shown(&learner), learner.wake()), (Some(A), Some(at(72))));
-        learner.pass(at(72));
-        assert_eq!(shown(&learner), Some(B));
+        // Under a second address it is asked for the first, and changes nothing by answering.
+        for time in [10, 500] {
+            assert_eq!(learner.step(Seen::Speaks(B), at(time)), Some(A));
+            assert_eq!(learner.step(Seen::Speaks(B), at(time)), None, "once is enough");
+            assert_eq!((shown(&learner), learner.wake()), (Some(A), Some(at(time + 2))));
+            learner.step(Seen::Speaks(A), at(time + 1));
+            assert_eq!((shown(&learner), learner.wake()), (Some(A), None));
+        }
+        // A change is believed when there is no answer.
+        learner.step(Seen::Speaks(B), at(600));
+        learner.pass(at(602));
+        assert_eq!((shown(&learner), learner.wake()), (Some(B), None));
     }
 
     #[test]
@@ -278,8 +285,9 @@ mod tests {
         let mut learner = Learner::default();
         learner.step(Seen::Asks { request: 7 }, at(0));
         learner.step(grants(7, A), at(0));
-        learner.step(Seen::Speaks(B), at(10));
-        assert_eq!((shown(&learner), learner.until()), (Some(B), None));
+        assert_eq!(learner.step(Seen::Speaks(B), at(10)), Some(A));
+        learner.pass(at(12));
+        assert_eq!((shown(&learner), learner.wake()), (Some(B), None));
         learner.pass(at(100));
         assert_eq!(shown(&learner), Some(B), "the lease's end doesn't matter any more");
         learner.step(Seen::Releases, at(101));
@@ -302,8 +310,17 @@ mod tests {
         let before = Learnt { address: A, from: Source::Dhcp(SERVER), at: at(0) };
         let mut learner = Learner::resume(Some(before));
         assert_eq!((learner.learnt(), learner.wake()), (Some(before), None));
-        learner.step(Seen::Speaks(B), at(500));
+        assert_eq!(learner.step(Seen::Speaks(B), at(500)), Some(A));
+        learner.pass(at(502));
         assert_eq!(shown(&learner), Some(B));
+    }
+
+    #[test]
+    fn a_probe_is_nobodys_word() {
+        let frame = probe(A, MAC);
+        assert_eq!((frame.len(), &frame[..6]), (42, MAC.octets().as_slice()));
+        assert_eq!((&frame[28..32], &frame[38..]), ([0; 4].as_slice(), A.octets().as_slice()));
+        assert_eq!(parse(&frame, MAC), None);
     }
 
     fn arp(sender: MacAddr, address: Ipv4Addr) -> Vec<u8> {
@@ -391,13 +408,22 @@ mod tests {
             for (kind, request, address, later) in steps {
                 now += later;
                 let address = Ipv4Addr::from(address);
-                match kind {
-                    0 => learner.step(Seen::Asks { request }, at(now)),
-                    1 => learner.step(grants(request, address), at(now)),
-                    2 => learner.step(Seen::Speaks(address), at(now)),
-                    3 => learner.step(Seen::Releases, at(now)),
-                    _ => learner.pass(at(now)),
+                let before = shown(&learner);
+                let seen = match kind {
+                    0 => Some(Seen::Asks { request }),
+                    1 => Some(grants(request, address)),
+                    2 => Some(Seen::Speaks(address)),
+                    3 => Some(Seen::Releases),
+                    _ => None,
+                };
+                match seen {
+                    Some(seen) => {
+                        let asks = learner.step(seen, at(now));
+                        prop_assert!(asks.is_none() || asks == before, "it asks for what it doesn't show");
+                    }
+                    None => learner.pass(at(now)),
                 }
+                prop_assert!(kind == 4 || learner.wake().is_some() || learner.other.is_none());
                 known.insert(address);
                 if let Some(learnt) = learner.learnt() {
                     prop_assert!(known.contains(&learnt.address) && usable(learnt.address));

@@ -22,12 +22,25 @@ pub mod nat;
 pub mod rules;
 #[cfg(target_os = "linux")]
 mod serve;
-#[cfg(target_os = "linux")]
 pub mod watch;
 
 pub use address::{MacAddr, Subnet};
 #[cfg(target_os = "linux")]
-pub use link::{attach, is_bridge};
+pub use link::attach;
+
+/// Makes an interface of this host a port of a bridge.
+#[cfg(not(target_os = "linux"))]
+#[expect(clippy::unused_async, reason = "as where it can be done")]
+pub async fn attach(_interface: &str, _bridge: &str) -> Result<(), NetworkError> {
+    Err(NetworkError::Unsupported)
+}
+
+/// Whether an interface of this host is a bridge; `None` when there is no such interface.
+#[must_use]
+pub fn is_bridge(interface: &str) -> Option<bool> {
+    let path = std::path::Path::new("/sys/class/net").join(interface);
+    path.exists().then(|| path.join("bridge").exists())
+}
 
 /// Why something couldn't be done with the host's network.
 #[derive(Debug, thiserror::Error)]
@@ -66,14 +79,12 @@ pub enum NetworkError {
         /// Whose it is: a pod's UID.
         owner: String,
     },
-    /// A program that is needed.
-    #[error("can't run {program}: {why}")]
-    Program {
-        /// Which.
-        program: &'static str,
-        /// Why not, and what to do.
-        why: String,
-    },
+    /// The firewall's program isn't there.
+    #[error("nft isn't installed: install the package nftables")]
+    NoFirewall,
+    /// The firewall refused.
+    #[error("can't change the firewall with nft: {0}")]
+    Firewall(String),
     /// A socket of the network's services.
     #[error("can't serve {what} on {bridge}: {source}")]
     Serve {
@@ -86,6 +97,6 @@ pub enum NetworkError {
         source: std::io::Error,
     },
     /// Not on this system.
-    #[error("networks of the kind nat need Linux; on this host machines are on the network user")]
+    #[error("bridges need Linux: on this host machines are on the network user")]
     Unsupported,
 }

@@ -192,13 +192,6 @@ pub async fn attach(interface: &str, bridge: &str) -> Result<(), NetworkError> {
     kernel.attach(&port, &bridge).await
 }
 
-/// Whether an interface of this host is a bridge; `None` when there is no such interface.
-#[must_use]
-pub fn is_bridge(interface: &str) -> Option<bool> {
-    let path = std::path::Path::new("/sys/class/net").join(interface);
-    path.exists().then(|| path.join("bridge").exists())
-}
-
 fn describe(message: &LinkMessage) -> Interface {
     let mut interface = Interface { index: message.header.index, ..Interface::default() };
     for attribute in &message.attributes {

@@ -159,8 +159,7 @@ impl Nat {
                 None => state.machines.remove(&owner),
             };
             if state.machines.is_empty()
-                && let Some(up) = state.up.take()
-                && let Err(error) = up.down(&self.inner.config).await
+                && let Err(error) = self.clear(&mut state).await
             {
                 tracing::debug!(%error, "a network that could not be made is left");
             }
@@ -172,18 +171,19 @@ impl Nat {
     pub async fn release(&self, owner: &str) -> Result<(), NetworkError> {
         let mut state = self.inner.state.lock().await;
         let Some(before) = state.machines.remove(owner) else { return Ok(()) };
-        let done = if state.machines.is_empty() {
-            match state.up.take() {
-                Some(up) => up.down(&self.inner.config).await,
-                None => Ok(()),
-            }
-        } else {
-            self.apply(&mut state).await
-        };
+        let done = if state.machines.is_empty() { self.clear(&mut state).await } else { self.apply(&mut state).await };
         if done.is_err() {
             state.machines.insert(owner.to_owned(), before);
         }
         done
+    }
+
+    /// Removes the network that nobody is on any more, or what is left of it.
+    async fn clear(&self, state: &mut State) -> Result<(), NetworkError> {
+        match state.up.take() {
+            Some(up) => up.down(&self.inner.config).await,
+            None => backend::sweep(&self.inner.config).await,
+        }
     }
 
     async fn apply(&self, state: &mut State) -> Result<(), NetworkError> {

@@ -75,13 +75,7 @@ impl Up {
             neighbours: None,
             ruled: None,
         };
-        if let Err(error) = up.serve(config) {
-            // Nobody is on it yet.
-            if up.kernel.neighbours(&bridge).await.is_ok_and(|known| known.is_empty()) {
-                up.kernel.remove(&bridge).await?;
-            }
-            return Err(error);
-        }
+        up.serve(config)?;
         Ok(up)
     }
 
@@ -179,27 +173,35 @@ impl Up {
     }
 }
 
-/// Removes what a process left that is no more.
+/// Removes what is left of a network that nobody is on.
 pub(crate) async fn sweep(config: &Config) -> Result<(), NetworkError> {
     let kernel = Kernel::open()?;
-    match kernel.interface(&config.bridge).await? {
+    match ours(&kernel, config).await? {
         // With a port, somebody's machine runs whose agent is down at the moment.
-        Some(bridge) if bridge.alias.as_deref() == Some(ALIAS) && kernel.ports(&bridge).await?.is_empty() => {}
+        Some(bridge) if kernel.ports(&bridge).await?.is_empty() => {}
         _ => return Ok(()),
     }
     let Some(_claim) = claim(config)? else { return Ok(()) };
-    tracing::info!(bridge = config.bridge, "nobody is on this network any more: removing it");
     remove(&kernel, config).await
 }
 
+/// Removes the firewall, then the bridge: whoever finds a bridge knows that there may be rules.
 async fn remove(kernel: &Kernel, config: &Config) -> Result<(), NetworkError> {
-    // The one doesn't wait for the other's success.
-    let ruled = nft(&rules::removal(&config.bridge)).await;
-    if let Some(bridge) = kernel.interface(&config.bridge).await?.filter(|found| found.alias.as_deref() == Some(ALIAS))
-    {
-        kernel.remove(&bridge).await?;
+    match nft(&rules::removal(&config.bridge)).await {
+        // Without the program there never were any.
+        Ok(()) | Err(NetworkError::NoFirewall) => {}
+        Err(error) => return Err(error),
     }
-    ruled
+    match ours(kernel, config).await? {
+        Some(bridge) => kernel.remove(&bridge).await,
+        None => Ok(()),
+    }
+}
+
+/// Our bridge, when there is one.
+async fn ours(kernel: &Kernel, config: &Config) -> Result<Option<Interface>, NetworkError> {
+    let found = kernel.interface(&config.bridge).await?;
+    Ok(found.filter(|found| found.alias.as_deref() == Some(ALIAS)))
 }
 
 /// The right to the network, by a name that only one socket of the network namespace can have.
@@ -251,29 +253,29 @@ async fn bridge(kernel: &Kernel, config: &Config, known: Option<u32>) -> Result<
 
 /// Gives `nft` a text.
 async fn nft(text: &str) -> Result<(), NetworkError> {
-    let failed = |why: String| NetworkError::Program { program: "nft", why };
-    let spawned = tokio::process::Command::new("nft")
+    let failed = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => NetworkError::NoFirewall,
+        _ => NetworkError::Firewall(error.to_string()),
+    };
+    let mut child = tokio::process::Command::new("nft")
         .args(["-f", "-"])
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true)
-        .spawn();
-    let mut child = spawned.map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => failed("it isn't installed: install the package nftables".to_owned()),
-        _ => failed(error.to_string()),
-    })?;
+        .spawn()
+        .map_err(failed)?;
     if let Some(mut input) = child.stdin.take() {
         // If it doesn't read, it tells why.
         input.write_all(text.as_bytes()).await.ok();
     }
-    let output = child.wait_with_output().await.map_err(|error| failed(error.to_string()))?;
+    let output = child.wait_with_output().await.map_err(failed)?;
     if output.status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let lines: Vec<_> = said.lines().take(3).map(str::trim).collect();
-    Err(failed(format!("{} ({})", lines.join("; "), output.status)))
+    Err(NetworkError::Firewall(format!("{} ({})", lines.join("; "), output.status)))
 }
 
 /// A socket that hears only what comes over the bridge: others serve on other interfaces, and others ask there.

@@ -211,6 +211,13 @@ fn what_isnt_ours_is_never_touched() {
         assert_eq!(error, wanted);
         shell("ip link del lan0");
 
+        // What can't be made isn't left half made.
+        let busy = std::net::UdpSocket::bind("0.0.0.0:53").unwrap();
+        let error = nat.reserve(reservation(7)).await.unwrap_err();
+        assert!(matches!(error, NetworkError::Serve { what: "DNS", .. }), "{error}");
+        assert_eq!(shell("ip -o link; nft list ruleset").matches("vmpod").count(), 0);
+        drop(busy);
+
         shell("nft add table inet filter; nft add table inet vmpod_other; nft add table ip nat");
         nat.reserve(reservation(7)).await.unwrap();
         assert!(shell("ip link show vmpodt0").contains(ALIAS));

@@ -119,7 +119,6 @@ impl World {
 
     /// The machine's place on the host's own network is ready for it, when it is to be there.
     pub(crate) async fn reserve(&self, uid: &PodUid, networks: &[vmpod_machine::Network]) -> Result<(), String> {
-        #[cfg(target_os = "linux")]
         if let Some(vmpod_machine::Network::Tap { bridge, address: None, .. }) = networks.first() {
             let mend = format!("make one: `ip link add {bridge} type bridge`, with the host's interface as its port");
             match vmpod_network::is_bridge(bridge) {

@@ -170,7 +170,9 @@ impl Drop for Guest {
 impl Guest {
     fn new(bridge: &str, number: u8) -> Result<Self> {
         let mut holder = Command::new("unshare")
-            .args(["--net", "sh", "-c", "echo; exec sleep 600"])
+            .args(["--net", "sh", "-c", "echo; exec cat"])
+            // It ends with this process, whose end of the pipe closes then.
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
         holder.stdout.take().context("no output")?.read_exact(&mut [0])?;

@@ -93,8 +93,9 @@ impl Namespace {
     pub(crate) fn new() -> Self {
         use std::os::unix::process::CommandExt as _;
         let mut holder = Command::new("unshare")
-            .args(["--net", "sh", "-c", "echo here; exec sleep 600"])
-            .stdin(Stdio::null())
+            .args(["--net", "sh", "-c", "echo here; exec cat"])
+            // Its end of the pipe closes when this process ends, however it ends.
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .process_group(0)
             .spawn()
