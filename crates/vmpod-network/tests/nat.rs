@@ -11,7 +11,9 @@ use std::time::Duration;
 use namespace::{Namespace, in_namespace, leftovers, resident_kib, shell, try_shell};
 use vmpod_network::{
     MacAddr, NetworkError, Subnet,
+    learn::Seen,
     nat::{ALIAS, Config, HostPort, Nat, Protocol, Reservation},
+    watch::Watch,
 };
 
 const BRIDGE: &str = "vmpodt0";
@@ -273,6 +275,29 @@ fn thirty_machines_at_once_share_nothing() {
             done.unwrap();
         }
         assert_eq!(leftovers(BRIDGE), "");
+    });
+}
+
+#[test]
+fn a_guest_that_is_asked_tells_which_addresses_it_has() {
+    in_namespace("a_guest_that_is_asked_tells_which_addresses_it_has", async {
+        let machine = Namespace::new();
+        let one = reservation(7);
+        shell(&format!(
+            "ip link add tap7 type veth peer name eth0 address {} netns {}; ip link set tap7 up",
+            one.mac,
+            machine.pid()
+        ));
+        machine.shell("ip addr add 192.0.2.7/24 dev eth0; ip addr add 192.0.2.8/24 dev eth0; ip link set eth0 up");
+        let mut watch = Watch::open("tap7", one.mac).unwrap();
+        for last in [7, 8] {
+            let address = [192, 0, 2, last].into();
+            watch.ask(address).await.unwrap();
+            let heard = tokio::time::timeout(Duration::from_secs(5), watch.next()).await;
+            assert_eq!(heard.expect("an answer").unwrap(), Seen::Speaks(address));
+        }
+        watch.ask([192, 0, 2, 9].into()).await.unwrap();
+        assert!(tokio::time::timeout(Duration::from_secs(1), watch.next()).await.is_err(), "it hasn't that one");
     });
 }
 
