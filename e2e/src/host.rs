@@ -85,6 +85,7 @@ impl Host {
             },
             accel: Accel::Tcg,
             snapshot: None,
+            mac: None,
             id,
         })
     }

@@ -27,6 +27,11 @@ pub fn vmpod() -> Result<PathBuf> {
     need(target().join("debug/vmpod"), "the vmpod program", "build")
 }
 
+/// What plays Apple's Virtualization framework.
+pub fn vz_stand_in() -> Result<PathBuf> {
+    need(target().join("debug/vz-stand-in"), "the stand-in for Apple's framework", "build")
+}
+
 /// The real kubectl.
 pub fn kubectl() -> Result<PathBuf> {
     need(target().join("tools/kubectl"), "kubectl", "tools")

@@ -17,12 +17,22 @@ use crate::store::{Store, StoreError};
 /// Sectors are the unit of a disk's size.
 const SECTOR: u64 = 512;
 
+/// What the hypervisor reads that is to get a clone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reads {
+    /// Any format of ours.
+    Any,
+    /// Raw disks only.
+    Raw,
+}
+
 /// Makes the clone's files in `into`. The caller has pinned the image.
 pub(crate) fn make(
     store: &Store,
     image: &Image,
     into: &Path,
     disk_size: Option<u64>,
+    reads: Reads,
 ) -> Result<ClonedImage, StoreError> {
     files::make_dir(into)?;
     let from = store.image_dir(image.digest);
@@ -30,7 +40,11 @@ pub(crate) fn make(
     for (index, disk) in image.config.disks.iter().enumerate() {
         let asked = if index == 0 { disk_size.unwrap_or(0) } else { 0 };
         let size = asked.max(disk.size).next_multiple_of(SECTOR);
-        disks.push(clone_disk(&from.join(Part::Disk(index).file_name()), DiskFormat::Raw, into, index, size)?);
+        let base = from.join(Part::Disk(index).file_name());
+        disks.push(match reads {
+            Reads::Any => clone_disk(&base, DiskFormat::Raw, into, index, size)?,
+            Reads::Raw => raw_disk(&base, into, index, size)?,
+        });
     }
     let boot = match &image.config.boot {
         Boot::Firmware(firmware) => ClonedBoot::Firmware(*firmware),
@@ -79,6 +93,17 @@ pub fn clone_disk(
     files::remove_file(&raw)?;
     write_overlay(base, format, &overlay, size)?;
     Ok(ClonedDisk { path: overlay, format: DiskFormat::Qcow2, size })
+}
+
+/// A raw disk, cloned where that can be.
+fn raw_disk(base: &Path, into: &Path, index: usize, size: u64) -> Result<ClonedDisk, StoreError> {
+    let raw = into.join(format!("disk-{index}.raw"));
+    files::remove_file(&raw)?;
+    reflink_copy::reflink_or_copy(base, &raw).map_err(io("copy the image's disk to", &raw))?;
+    own(&raw)?;
+    let file = OpenOptions::new().write(true).open(&raw).map_err(io("open", &raw))?;
+    file.set_len(size).map_err(io("grow", &raw))?;
+    Ok(ClonedDisk { path: raw, format: DiskFormat::Raw, size })
 }
 
 /// The image's files are read-only; a machine's own copies aren't.

@@ -35,6 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::clone;
 use crate::digest::Digest;
 use crate::image::{ClonedImage, Image};
 use crate::progress::Progress;
@@ -247,6 +248,28 @@ impl Store {
         disk_size: Option<u64>,
         holder: &str,
     ) -> Result<ClonedImage, StoreError> {
+        self.clone_for(image, into, disk_size, holder, clone::Reads::Any)
+    }
+
+    /// The same for a hypervisor that reads raw disks only: where the file system shares no blocks, the disks are copied.
+    pub fn clone_image_raw(
+        &self,
+        image: &Image,
+        into: &Path,
+        disk_size: Option<u64>,
+        holder: &str,
+    ) -> Result<ClonedImage, StoreError> {
+        self.clone_for(image, into, disk_size, holder, clone::Reads::Raw)
+    }
+
+    fn clone_for(
+        &self,
+        image: &Image,
+        into: &Path,
+        disk_size: Option<u64>,
+        holder: &str,
+        reads: clone::Reads,
+    ) -> Result<ClonedImage, StoreError> {
         let pin = Holder { name: holder.to_owned(), image: image.digest };
         let path = self.pin_path(&pin);
         let (record, fresh) = {
@@ -260,7 +283,7 @@ impl Store {
         };
         let cloned = self.check_seal(image, &record).and_then(|()| {
             prune::mark_used(&self.image_dir(image.digest));
-            crate::clone::make(self, image, into, disk_size)
+            clone::make(self, image, into, disk_size, reads)
         });
         if cloned.is_err() && fresh {
             // What wasn't cloned needn't be held. Should this fail, too, the holder still can let go.

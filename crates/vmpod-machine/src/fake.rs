@@ -82,6 +82,8 @@ pub enum Start {
     Works,
     /// It fails with these words.
     Fails(String),
+    /// There is no room for it while so many others are live.
+    BusyWith(usize),
     /// It never answers.
     Hangs,
 }
@@ -402,6 +404,12 @@ impl Hypervisor for FakeHypervisor {
             Start::Works => {}
             Start::Fails(why) => {
                 return Err(HypervisorError::DiedAtStart { hypervisor: "fake", output: why.clone() });
+            }
+            Start::BusyWith(most) => {
+                let live = world.live().len();
+                if live >= *most {
+                    return Err(HypervisorError::Busy(format!("{live} guests run, and more may not")));
+                }
             }
             Start::Hangs => std::future::pending().await,
         }

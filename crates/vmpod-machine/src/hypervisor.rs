@@ -1,5 +1,6 @@
 //! What a machine needs from whatever executes it.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +36,12 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// What a memory snapshot depends on besides the machine itself: the program's version and the processor. `None` when
     /// this backend takes no snapshots.
     async fn snapshots(&self, _accel: Accel) -> Option<String> {
+        None
+    }
+
+    /// The file with the leases of the host's DHCP server, by which guests' addresses are learnt ([`crate::vmnet`]). `None` when
+    /// this backend's networks have none.
+    fn leases(&self) -> Option<&Path> {
         None
     }
 
@@ -103,10 +110,12 @@ pub struct DiskStats {
 #[derive(Debug, thiserror::Error)]
 pub enum HypervisorError {
     /// The program can't be run at all.
-    #[error("can't run {program}: install it, or name another with --qemu")]
+    #[error("can't run {program}: {mend}")]
     Program {
         /// What was to be run.
         program: String,
+        /// What to do about it.
+        mend: &'static str,
         /// Why not.
         source: std::io::Error,
     },
@@ -124,6 +133,9 @@ pub enum HypervisorError {
         /// Why not.
         why: String,
     },
+    /// The host runs as many guests of this kind as it may; later it may do.
+    #[error("{0}")]
+    Busy(String),
     /// Some process holds the machine's lock.
     #[error("a process already holds this machine ({holder})")]
     Occupied {

@@ -23,17 +23,21 @@ pub mod hypervisor;
 pub mod id;
 pub mod kvm;
 pub mod lifecycle;
+mod lock;
 pub mod loopback;
 mod machine;
 pub mod machines;
+mod pid;
 pub mod qemu;
 #[cfg(target_os = "linux")]
 mod readable;
 pub mod renewal;
 pub mod seed;
+mod session;
 pub mod spec;
 pub mod template;
 pub mod vmnet;
+pub mod vz;
 
 pub use fault::FaultPoints;
 pub use guest::main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started, StdStream};
@@ -44,7 +48,7 @@ pub use lifecycle::{Exit, ExitCause, State};
 pub use machine::Machine;
 pub use machines::{Adopted, MachineError, Machines, SshKey};
 pub use spec::{
-    Accel, Access, Arch, Assigned, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, HostPort, MacAddr,
+    Accel, Access, Arch, Assigned, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, HostPort, Mac, MacAddr,
     Memory, Network, Protocol, Secret, Seed, Snapshot, Spec,
 };
 pub use template::{Template, TemplateError, TemplateId, TemplateKey, Templates};

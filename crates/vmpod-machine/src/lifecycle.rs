@@ -5,6 +5,7 @@
 //!  Preparing ────────▶ Booting ────────▶ Running ─────────────▶ Stopping(deadline)
 //!      │                  │                │ ▲                        │
 //!      │                  │ StartFailed    │ │ Pause / Resume         │ Exited
+//!      │ ◀───── Busy ─────┤                │ │                        │
 //!      │ Stop / Kill      ▼                ▼ │                        ▼
 //!      │               Failed            Paused ──── Exited ────▶ Stopped(exit)
 //!      └──────────────────────────────────────────────────────────────▲
@@ -111,6 +112,8 @@ pub enum Input {
     Started,
     /// Its process couldn't be started.
     StartFailed(String),
+    /// The host runs as many guests of its kind as it may: no process was started, and later one may be.
+    Busy(String),
     /// Somebody wants it to stop, and to be killed at the deadline.
     Stop {
         /// When to kill it.
@@ -176,7 +179,10 @@ pub fn step(state: State, input: Input) -> Result<(State, Vec<Effect>), Denied> 
 
         (_, I::Exited(exit)) => (S::Stopped(exit.clone()), vec![E::Record(exit)]),
         // A process that was told to stop while it was still starting, and then couldn't, simply failed.
-        (S::Booting | S::Stopping { .. }, I::StartFailed(why)) => (S::Failed(why), vec![]),
+        (S::Booting | S::Stopping { .. }, I::StartFailed(why)) | (S::Stopping { .. }, I::Busy(why)) => {
+            (S::Failed(why), vec![])
+        }
+        (S::Booting, I::Busy(_)) => (S::Preparing, vec![]),
 
         (S::Booting, I::Started) => (S::Running, vec![]),
         (S::Booting, I::Stop { deadline }) => (S::Stopping { deadline }, vec![]),
@@ -223,6 +229,7 @@ mod tests {
             Just(Input::Start),
             Just(Input::Started),
             Just(Input::StartFailed("no".to_owned())),
+            Just(Input::Busy("later".to_owned())),
             (0..100i64).prop_map(|s| Input::Stop { deadline: time(s) }),
             (0..100i64).prop_map(|s| Input::Kill { now: time(s) }),
             Just(Input::StillRuns),
@@ -237,7 +244,8 @@ mod tests {
         #[test]
         fn any_history_keeps_the_promises(inputs in proptest::collection::vec(input(), 0..40)) {
             let mut state = State::Preparing;
-            let (mut spawned, mut recorded) = (0, 0);
+            // A start that was refused for want of room made no process.
+            let (mut spawned, mut refused, mut recorded) = (0, 0, 0);
             for input in inputs {
                 let before = state.clone();
                 match step(state.clone(), input.clone()) {
@@ -268,12 +276,15 @@ mod tests {
                         if matches!(before, State::Stopping { .. }) {
                             prop_assert!(!matches!(after, State::Running | State::Paused | State::Booting));
                         }
+                        if before == State::Booting && after == State::Preparing {
+                            refused += 1;
+                        }
                         prop_assert_eq!(matches!(after, State::Stopped(_)), recorded == 1);
                         state = after;
                     }
                 }
             }
-            prop_assert!(spawned <= 1, "two processes");
+            prop_assert!(spawned <= 1 + refused, "two processes");
             prop_assert!(recorded <= 1, "two exits");
         }
     }

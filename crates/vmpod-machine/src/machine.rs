@@ -42,6 +42,8 @@ struct Shared {
     guest: Guest,
     learnt: watch::Receiver<Option<Learnt>>,
     commands: mpsc::UnboundedSender<Command>,
+    /// Why the last start was put off, and how many were.
+    refusals: watch::Receiver<(u64, String)>,
 }
 
 /// Waits until a machine's process runs; false when it is over, or nobody drives it any more.
@@ -115,10 +117,20 @@ impl Machine {
         }
     }
 
-    /// Starts it and waits until its process runs. One that runs already is no error.
+    /// Starts it and waits until its process runs. One that runs already is no error. After [`MachineError::Busy`] it may be started
+    /// again.
     pub async fn start(&self) -> Result<(), MachineError> {
+        let mut refusals = self.shared.refusals.clone();
+        refusals.mark_unchanged();
         self.input(Input::Start).await?;
-        match self.wait_for(|state| !matches!(state, State::Preparing | State::Booting)).await? {
+        let reached = tokio::select! {
+            reached = self.wait_for(|state| !matches!(state, State::Preparing | State::Booting)) => reached?,
+            Ok(()) = refusals.changed() => {
+                let why = refusals.borrow().1.clone();
+                return Err(MachineError::Busy { id: self.id().clone(), why });
+            }
+        };
+        match reached {
             State::Failed(why) => Err(MachineError::Start { id: self.id().clone(), why }),
             _ => Ok(()),
         }
@@ -196,6 +208,7 @@ pub(crate) struct Driver {
     commands: mpsc::UnboundedReceiver<Command>,
     process: Option<Arc<dyn Process>>,
     starting: Option<Starting>,
+    refusals: watch::Sender<(u64, String)>,
     guest: Guest,
     /// When to look whether a guest that was told to stop does.
     ask_at: Option<Timestamp>,
@@ -218,6 +231,7 @@ impl Driver {
         let state = watch::Sender::new(state);
         let (commands_tx, commands) = mpsc::unbounded_channel();
         let (guest, learnt) = ways(state.subscribe());
+        let refusals = watch::Sender::default();
         let machine = Machine {
             shared: Arc::new(Shared {
                 spec: spec.clone(),
@@ -226,12 +240,13 @@ impl Driver {
                 learnt,
                 state: state.subscribe(),
                 commands: commands_tx,
+                refusals: refusals.subscribe(),
             }),
         };
         let process = process.map(Arc::from);
         let guest = machine.guest();
         let ask_at = None;
-        (machine, Self { spec, dir, hypervisor, faults, state, commands, process, starting: None, guest, ask_at })
+        (machine, Self { spec, dir, hypervisor, faults, state, commands, process, starting: None, refusals, guest, ask_at })
     }
 
     /// Drives the machine until nobody can ask for anything any more.
@@ -286,6 +301,13 @@ impl Driver {
                             exiting = Some(watch_exit(Arc::clone(&process)));
                             self.process = Some(process);
                             Input::Started
+                        }
+                        Err(HypervisorError::Busy(why)) => {
+                            // The state is shown first: who hears of it may start it again.
+                            let taken = self.take(Input::Busy(why.clone())).await;
+                            debug_assert!(taken.is_ok(), "only a start is ever denied");
+                            self.refusals.send_modify(|(count, last)| (*count, *last) = (*count + 1, why));
+                            continue;
                         }
                         Err(error) => Input::StartFailed(error_chain(&error)),
                     }

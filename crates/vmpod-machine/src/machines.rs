@@ -46,6 +46,14 @@ pub enum MachineError {
         /// Why.
         why: String,
     },
+    /// The host runs as many guests of its kind as it may. It may be started later.
+    #[error("machine {id} has to wait: {why}")]
+    Busy {
+        /// Which machine.
+        id: MachineId,
+        /// Why.
+        why: String,
+    },
     /// The hypervisor refused.
     #[error("the hypervisor couldn't do it for machine {id}")]
     Hypervisor {
@@ -189,6 +197,14 @@ impl Machines {
     pub fn ssh_key(&self, id: &MachineId) -> Result<SshKey, MachineError> {
         let dir = self.directory(id)?;
         keys::ensure(&dir).map_err(io_error("make the key", &dir.file(keys::FILE)))
+    }
+
+    /// Keeps a private key that somebody else gave for the machine's guest, in its directory. OpenSSH's format.
+    pub fn keep_key(&self, id: &MachineId, pem: &str) -> Result<PathBuf, MachineError> {
+        let dir = self.directory(id)?;
+        let path = dir.file(keys::GIVEN);
+        keys::check(pem).and_then(|()| directory::write_whole(&path, pem.as_bytes())).map_err(io_error("keep the key", &path))?;
+        Ok(path)
     }
 
     /// Writes down a machine and makes its seed. A second call with the same description gives the same machine.
@@ -391,7 +407,7 @@ impl Machines {
                 if let Some(link) = self.inner.hypervisor.link(spec, dir) {
                     return (Guest::new(link), tokio::sync::watch::channel(None).1);
                 }
-                let (learnt, follows) = address::follow(spec, dir, state.clone());
+                let (learnt, follows) = address::follow(spec, dir, state.clone(), self.inner.hypervisor.leases());
                 let (link, task) = ssh::SshLink::start(spec, dir, state, learnt.clone());
                 tasks.push(task);
                 tasks.extend(follows);

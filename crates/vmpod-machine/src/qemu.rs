@@ -14,7 +14,7 @@
 //! such line means that it was killed or crashed.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -22,28 +22,28 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
-use rustix::fs::FlockOperation;
 
 use crate::console::Watch;
 use crate::directory::MachineDir;
 use crate::hypervisor::{Hypervisor, HypervisorError, Process};
 use crate::lifecycle::Exit;
-use crate::spec::{Accel, Arch, Boot, Firmware, Network, Snapshot, Spec};
+use crate::lock::{self, LOCK, Lock, holder, last_words, remove, take_lock};
+use crate::session;
+use crate::spec::{Accel, Arch, Boot, Firmware, GuestOs, Network, Snapshot, Spec};
 
 mod args;
 mod process;
 mod qmp;
-mod session;
 mod snapshot;
 
 pub use args::args;
 use process::QemuProcess;
 use qmp::Qmp;
 
-const LOCK: &str = "lock";
 const SOCKET: &str = "qmp.sock";
 const LOG: &str = "process.log";
 const VARIABLES: &str = "efivars.fd";
+const MEND: &str = "install it, or name another with --qemu";
 
 /// How long a process may take until it answers. A busy host is slow; a broken one is for ever.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -85,7 +85,7 @@ impl Qemu {
                 .stdin(Stdio::null())
                 .output()
                 .await
-                .map_err(|source| HypervisorError::Program { program: self.program.display().to_string(), source })?;
+                .map_err(|source| HypervisorError::Program { program: self.program.display().to_string(), mend: MEND, source })?;
         let text = String::from_utf8_lossy(&output.stdout);
         Ok(text.lines().next().unwrap_or_default().to_owned())
     }
@@ -119,6 +119,10 @@ impl Hypervisor for Qemu {
     }
 
     async fn start(&self, spec: &Spec, dir: &MachineDir) -> Result<Box<dyn Process>, HypervisorError> {
+        if spec.os == GuestOs::Macos || spec.networks.iter().any(|network| matches!(network, Network::Vmnet { .. })) {
+            let why = "macOS guests and Apple's networks need Apple's Virtualization framework: run this machine on a Mac";
+            return Err(HypervisorError::Unsupported(why.to_owned()));
+        }
         let lock = match take_lock(dir)? {
             Lock::Taken(lock) => lock,
             Lock::Held | Lock::Absent => {
@@ -164,7 +168,7 @@ impl Hypervisor for Qemu {
         session::of_its_own(&mut command);
         let child = tokio::process::Command::from(command)
             .spawn()
-            .map_err(|source| HypervisorError::Program { program: program.display().to_string(), source })?;
+            .map_err(|source| HypervisorError::Program { program: program.display().to_string(), mend: MEND, source })?;
         let mut child = Some(child);
         let answer = tokio::time::timeout(START_LIMIT, async {
             loop {
@@ -179,7 +183,7 @@ impl Hypervisor for Qemu {
                         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
                         return Err(HypervisorError::DiedAtStart {
                             hypervisor: "qemu",
-                            output: last_words(dir).unwrap_or(status),
+                            output: last_words(&dir.file(LOG)).unwrap_or(status),
                         });
                     }
                     changed = watch.changed() => changed.map_err(HypervisorError::io("can't watch the directory"))?,
@@ -212,7 +216,7 @@ impl Hypervisor for Qemu {
             if let Some(child) = &mut child {
                 child.kill().await.map_err(HypervisorError::io("can't kill a process that wasn't restored"))?;
             }
-            let words = last_words(dir).map_or_else(String::new, |words| format!(" ({words})"));
+            let words = last_words(&dir.file(LOG)).map_or_else(String::new, |words| format!(" ({words})"));
             let why = format!("{}{words}", crate::machine::error_chain(&error));
             return Err(HypervisorError::Restore { why });
         }
@@ -270,7 +274,7 @@ impl Hypervisor for Qemu {
                 Lock::Held => {}
             }
             match holder(dir) {
-                Some(pid) => process::kill_holder(pid, dir).await?,
+                Some(pid) => lock::kill_holder(pid, dir).await?,
                 // Between a fork and its exec the lock may show in no process's standard input.
                 None if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
                 None => {
@@ -307,65 +311,6 @@ fn processor(accel: Accel) -> String {
     let wanted = ["model name", "microcode", "flags", "CPU implementer", "CPU part", "Features"];
     let lines = first.lines().filter(|line| wanted.iter().any(|name| line.starts_with(name)));
     lines.map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect::<Vec<_>>().join("; ")
-}
-
-/// What became of an attempt to take a machine's lock.
-enum Lock {
-    /// Nobody held it; we do now, until the file is closed.
-    Taken(File),
-    /// Somebody holds it.
-    Held,
-    /// There is no machine, and so no lock.
-    Absent,
-}
-
-fn take_lock(dir: &MachineDir) -> Result<Lock, HypervisorError> {
-    let path = dir.file(LOCK);
-    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-    let lock = match open {
-        Ok(lock) => lock,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Lock::Absent),
-        Err(source) => return Err(HypervisorError::Io { action: format!("can't open {}", path.display()), source }),
-    };
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(Lock::Taken(lock)),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(Lock::Held),
-        Err(error) => {
-            Err(HypervisorError::Io { action: format!("can't lock {}", path.display()), source: error.into() })
-        }
-    }
-}
-
-/// The process that has the machine's lock as its standard input.
-fn holder(dir: &MachineDir) -> Option<u32> {
-    let wanted = identity(&dir.file(LOCK))?;
-    std::fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
-        let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-        (identity(&entry.path().join("fd/0"))? == wanted).then_some(pid)
-    })
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    use std::os::unix::fs::MetadataExt;
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.dev(), metadata.ino()))
-}
-
-fn remove(path: &Path) -> Result<(), HypervisorError> {
-    match std::fs::remove_file(path) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            Err(HypervisorError::Io { action: format!("can't remove {}", path.display()), source })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The last lines of the process's own log.
-fn last_words(dir: &MachineDir) -> Option<String> {
-    let text = std::fs::read_to_string(dir.file(LOG)).ok()?;
-    let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let last = lines.get(lines.len().saturating_sub(3)..)?.join("; ");
-    (!last.is_empty()).then_some(last)
 }
 
 /// The command line, for people: what `ps` would show.

@@ -214,6 +214,16 @@ pub enum Network {
         /// Ports of this host that lead into the guest. Whoever keeps the bridge forwards them.
         host_ports: Vec<HostPort>,
     },
+    /// A network of Apple's: its address is learnt from the host's leases and neighbours.
+    Vmnet {
+        /// The interface of this host whose network the guest is on; none for the network that the host shares with its guests
+        /// alone, with address translation.
+        bridged: Option<String>,
+        /// The interface's hardware address.
+        mac: MacAddr,
+        /// The name by which the guest asks for an address, if it does as its seed says.
+        hostname: String,
+    },
 }
 
 impl Network {
@@ -224,6 +234,7 @@ impl Network {
         match self {
             Self::User { address, .. } => Some(*address),
             Self::Tap { address, .. } => Some(address.as_ref()?.address),
+            Self::Vmnet { .. } => None,
         }
     }
 
@@ -231,7 +242,7 @@ impl Network {
     #[must_use]
     pub fn mac(&self) -> MacAddr {
         match self {
-            Self::User { mac, .. } | Self::Tap { mac, .. } => *mac,
+            Self::User { mac, .. } | Self::Tap { mac, .. } | Self::Vmnet { mac, .. } => *mac,
         }
     }
 
@@ -241,6 +252,7 @@ impl Network {
         match self {
             Self::User { .. } => Some(Assigned::USER),
             Self::Tap { address, .. } => *address,
+            Self::Vmnet { .. } => None,
         }
     }
 }
@@ -393,6 +405,20 @@ pub struct Spec {
     /// Whether it makes, or comes from, a memory snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<Snapshot>,
+    /// What makes it a Mac, when its guest is macOS.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<Mac>,
+}
+
+/// The hardware that an installed macOS is bound to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mac {
+    /// The data representation of a `VZMacHardwareModel`, base64.
+    pub hardware_model: String,
+    /// The data representation of a `VZMacMachineIdentifier`, base64; none for one that no other machine has.
+    pub machine_identifier: Option<String>,
+    /// The auxiliary storage's file. It belongs to this machine alone.
+    pub auxiliary_storage: PathBuf,
 }
 
 impl Spec {
@@ -415,7 +441,7 @@ impl Spec {
         let network = self.networks.first()?;
         let port = match network {
             Network::User { ssh_port, .. } => *ssh_port,
-            Network::Tap { .. } => self.access.port,
+            Network::Tap { .. } | Network::Vmnet { .. } => self.access.port,
         };
         Some((network.address()?, port).into())
     }
@@ -425,20 +451,40 @@ impl Spec {
     pub fn reachable(&self) -> Option<Ipv4Addr> {
         match self.networks.first()? {
             Network::User { .. } => None,
-            tap @ Network::Tap { .. } => tap.address(),
+            other => other.address(),
         }
     }
 
-    /// The interface of this host, and the hardware address inside the guest, by which its address has to be learnt.
+    /// By what the guest's address has to be learnt, when it does.
     #[must_use]
-    pub fn learns(&self) -> Option<(&str, MacAddr)> {
+    pub fn learns(&self) -> Option<Learns<'_>> {
         match self.networks.first()? {
             Network::Tap { address: None, interface, mac, .. } if self.snapshot != Some(Snapshot::Make) => {
-                Some((interface, *mac))
+                Some(Learns::Interface { interface, mac: *mac })
             }
+            Network::Vmnet { mac, hostname, .. } => Some(Learns::Leases { mac: *mac, hostname }),
             _ => None,
         }
     }
+}
+
+/// By what a guest's address is learnt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Learns<'a> {
+    /// By what passes the machine's interface of this host.
+    Interface {
+        /// Its name.
+        interface: &'a str,
+        /// The hardware address inside the guest.
+        mac: MacAddr,
+    },
+    /// By the leases and the neighbours that this host knows.
+    Leases {
+        /// The hardware address inside the guest.
+        mac: MacAddr,
+        /// The name that the guest may call itself by.
+        hostname: &'a str,
+    },
 }
 
 #[cfg(test)]
@@ -464,6 +510,7 @@ pub(crate) mod tests {
             access: Access { user: "root".to_owned(), auth: Auth::Key("key".into()), ready_marker: None, port: 22 },
             accel: Accel::Tcg,
             snapshot: None,
+            mac: None,
         }
     }
 

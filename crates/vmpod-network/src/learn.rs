@@ -32,6 +32,10 @@ pub enum Source {
     Dhcp(Ipv4Addr),
     /// The guest's own word to its neighbours.
     Arp,
+    /// A lease of this host's own DHCP server.
+    Lease,
+    /// This host's table of its neighbours.
+    Neighbour,
 }
 
 /// Something that passed the guest's interface and tells of its address.

@@ -68,6 +68,8 @@ pub(crate) enum DockerError {
 pub(crate) struct Docker {
     host: Arc<str>,
     agent: Arc<str>,
+    /// Machines listen at this host's address in their pods' networks.
+    at_gateway: bool,
     client: Arc<OnceCell<Client>>,
 }
 
@@ -130,9 +132,10 @@ pub(crate) struct Session {
 }
 
 impl Docker {
-    /// `agent` tells this agent's containers from others'.
-    pub(crate) fn new(host: &str, agent: &str) -> Self {
-        Self { host: host.into(), agent: agent.into(), client: Arc::default() }
+    /// `agent` tells this agent's containers from others'; `at_gateway` says that machines listen at this host's address in their
+    /// pods' networks.
+    pub(crate) fn new(host: &str, agent: &str, at_gateway: bool) -> Self {
+        Self { host: host.into(), agent: agent.into(), at_gateway, client: Arc::default() }
     }
 
     /// The socket's file, if it is one.
@@ -248,12 +251,14 @@ impl Docker {
             self.network(uid).await?.ok_or_else(|| DockerError::Odd("the pod's network is gone".to_owned()))?.1
         };
         // The machine listens at this address: an engine elsewhere, or one without root, has it elsewhere too.
-        std::net::TcpListener::bind(SocketAddrV4::new(gateway, 0)).map_err(|error| {
-            DockerError::Odd(format!(
-                "{gateway}, the gateway of the pod's Docker network, is no address of this host ({error}): \
-                 sidecars need an engine on this host that runs as root"
-            ))
-        })?;
+        if self.at_gateway {
+            std::net::TcpListener::bind(SocketAddrV4::new(gateway, 0)).map_err(|error| {
+                DockerError::Odd(format!(
+                    "{gateway}, the gateway of the pod's Docker network, is no address of this host ({error}): \
+                     sidecars need an engine on this host that runs as root"
+                ))
+            })?;
+        }
         let id = match found.holder {
             Some((_, true)) => return Ok(()),
             // Whoever made it may have died before its directories were opened: that is done again.
@@ -673,7 +678,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_engine_that_is_away_is_named() {
-        let docker = Docker::new("unix:///no/such/socket", "a");
+        let docker = Docker::new("unix:///no/such/socket", "a", true);
         let error = docker.pods().await.unwrap_err();
         assert!(matches!(error, DockerError::Away { .. }), "{error}");
         assert!(error.to_string().contains("unix:///no/such/socket"), "{error}");

@@ -75,9 +75,19 @@ pub(crate) enum Place<'a> {
     Nat(&'a Config, Ipv4Addr),
     /// On a bridge of this name.
     Bridge(String),
+    /// On Apple's network, or bridged to this interface.
+    Vmnet(Option<String>),
 }
 
 impl<'a> Place<'a> {
+    /// Apple's framework has two kinds of networks: the host's own, and the one of an interface.
+    pub(crate) fn of_apple(pod: &Pod, usual: &NetworkMode) -> Self {
+        Self::Vmnet(match NetworkMode::of(pod, usual) {
+            NetworkMode::User | NetworkMode::Nat => None,
+            NetworkMode::Bridge(interface) => Some(interface),
+        })
+    }
+
     /// An address tells by itself which network it is of: what the pod says now may not be what it said when it got it.
     pub(crate) fn of(
         pod: &Pod,
@@ -120,10 +130,17 @@ pub(crate) fn host_ports(container: &Container) -> Vec<HostPort> {
     container.ports.iter().flatten().filter_map(port).collect()
 }
 
-/// The network interface of a machine on a bridge.
-pub(crate) fn tap(place: &Place<'_>, id: &MachineId, uid: &PodUid, pod: &Pod) -> Option<Network> {
+/// The network interface of a machine that has its own address; none for one that is behind the hypervisor's network.
+pub(crate) fn interface(place: &Place<'_>, id: &MachineId, uid: &PodUid, pod: &Pod) -> Option<Network> {
     let (bridge, address) = match place {
         Place::User(_) => return None,
+        Place::Vmnet(bridged) => {
+            return Some(Network::Vmnet {
+                bridged: bridged.clone(),
+                mac: vmpod_machine::MacAddr::derive(uid.as_str()),
+                hostname: pod::hostname(pod),
+            });
+        }
         Place::Nat(config, address) => {
             let (address, gateway) = (*address, config.subnet.gateway());
             let assigned = vmpod_machine::Assigned { address, prefix: config.subnet.prefix(), gateway, dns: gateway };
@@ -210,6 +227,23 @@ mod tests {
     }
 
     #[test]
+    fn apple_has_two_kinds_of_networks() {
+        let place = |text: &str| {
+            let pod = pod(&json!({"vmpod.dev/network": text}), &json!([{"name": "vm"}]));
+            Place::of_apple(&pod, &NetworkMode::Bridge("en1".to_owned()))
+        };
+        assert_eq!(place("user"), Place::Vmnet(None));
+        assert_eq!(place("nat"), Place::Vmnet(None));
+        assert_eq!(place("bridge:en0"), Place::Vmnet(Some("en0".to_owned())));
+        assert_eq!(place(""), Place::Vmnet(Some("en1".to_owned())), "the node's usual one");
+        let uid = PodUid::parse("5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f8a").unwrap();
+        let pod = pod(&json!({}), &json!([{"name": "vm"}]));
+        let made = interface(&place("user"), &uid.machine(0), &uid, &pod).unwrap();
+        let mac = vmpod_machine::MacAddr::derive(uid.as_str());
+        assert_eq!(made, Network::Vmnet { bridged: None, mac, hostname: "web".to_owned() });
+    }
+
+    #[test]
     fn host_ports_are_those_that_name_one() {
         let pod = pod(
             &json!({}),
@@ -239,7 +273,7 @@ mod tests {
         let uid = PodUid::parse("5b0e6f0c-4ac1-4c2a-8d3f-b0a4be0e3f8a").unwrap();
         let pod = pod(&json!({"vmpod.dev/network-isolated": "true"}), &json!([{"name": "vm"}]));
         let place = Place::of(&pod, &NetworkMode::User, &config, Some([10, 201, 0, 9].into())).unwrap();
-        let tap = tap(&place, &uid.machine(3), &uid, &pod).unwrap();
+        let tap = interface(&place, &uid.machine(3), &uid, &pod).unwrap();
         let reserved = reservation(&config, &uid, std::slice::from_ref(&tap)).unwrap();
         assert_eq!(reserved.owner, uid.to_string());
         assert_eq!((reserved.address, reserved.isolated), ([10, 201, 0, 9].into(), true));

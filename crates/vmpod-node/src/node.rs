@@ -145,6 +145,9 @@ impl Node {
         left.machines.retain(|(id, _)| !snapshots::makes(id));
         let root = rustix::process::geteuid().is_root();
         let (nat, privileged) = take_over_network(options.nat, &options.machines, root).await;
+        // Apple's networks need no privilege of ours.
+        let apple = options.machines.hypervisor() == vmpod_machine::vz::NAME;
+        let privileged = privileged || apple;
         let capacity = options.capacity;
         let allocatable = Requests {
             millicpus: capacity.allocatable_millicpus(),
@@ -193,7 +196,7 @@ impl Node {
             ledger: Ledger::new(allocatable, capacity.pods).with_nat(nat.config().subnet, privileged),
             nat,
             network: options.network,
-            engine: Engine::new(Docker::new(&options.docker_host, &scope)),
+            engine: Engine::new(Docker::new(&options.docker_host, &scope, !apple)),
             scope,
             probes: Counts::default(),
             pods: Mutex::default(),

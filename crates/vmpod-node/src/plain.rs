@@ -53,13 +53,14 @@ pub async fn plain_machine(
     pod.metadata.name = Some(wanted.id.to_string());
     let id = wanted.id;
     let address = loopback::allocate(&id, &machines.addresses()).ok_or("no loopback address is free")?;
+    let apple = machines.hypervisor() == vmpod_machine::vz::NAME;
     let prepared = {
         let (store, machines, image, id) = (store.clone(), machines.clone(), image.clone(), id.clone());
         tokio::task::spawn_blocking(move || {
             let dir = machines.directory(&id).map_err(|error| error_chain(&error))?;
             let holder = holders::holder(&id, &holders::holder_scope(machines.root()));
-            let clone =
-                store.clone_image(&image, dir.path(), size.disk, &holder).map_err(|error| error_chain(&error))?;
+            let clone = if apple { Store::clone_image_raw } else { Store::clone_image };
+            let clone = clone(&store, &image, dir.path(), size.disk, &holder).map_err(|error| error_chain(&error))?;
             let key = machines.ssh_key(&id).map_err(|error| error_chain(&error))?;
             Ok::<_, String>((clone, key))
         })
@@ -75,9 +76,10 @@ pub async fn plain_machine(
         image: &name,
         clone: &clone,
         size,
-        place: network::Place::User(address),
+        place: if apple { network::Place::Vmnet(None) } else { network::Place::User(address) },
         key: (key.path, key.public),
         user_data: wanted.user_data,
+        login: None,
         accel: wanted.accel,
         host: Arch::host(),
         low_ports: false,

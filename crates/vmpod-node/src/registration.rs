@@ -34,6 +34,9 @@ const LEASE_EVERY: Duration = Duration::from_secs(10);
 /// Most images in the status.
 const IMAGES: usize = 50;
 
+/// What a node offers of macOS guests, an extended resource: at most two at a time, by Apple's licence.
+const MACOS_GUESTS: &str = "vmpod.dev/macos-guests";
+
 /// What the Node object says about this host.
 #[derive(Clone, Debug)]
 pub(crate) struct Profile {
@@ -98,6 +101,9 @@ pub(crate) fn status(
     let cpu = |millis: u64| {
         Quantity(if millis.is_multiple_of(1000) { (millis / 1000).to_string() } else { format!("{millis}m") })
     };
+    // Apple allows so many macOS guests on a host. Who asks for one is scheduled where one is free.
+    let mac = profile.hypervisor == vmpod_machine::vz::NAME;
+    let macs = mac.then(|| (MACOS_GUESTS.to_owned(), Quantity(vmpod_machine::vz::slots::MOST.to_string())));
     // In Ki, as kubelets write it.
     let bytes = |bytes: u64| Quantity(format!("{}Ki", bytes / 1024));
     let list = |millis, memory| {
@@ -107,6 +113,9 @@ pub(crate) fn status(
             ("ephemeral-storage".to_owned(), bytes(capacity.ephemeral_bytes)),
             ("pods".to_owned(), Quantity(capacity.pods.to_string())),
         ])
+        .into_iter()
+        .chain(macs.clone())
+        .collect()
     };
     let address = |kind: &str, address: String| NodeAddress { type_: kind.to_owned(), address };
     NodeStatus {

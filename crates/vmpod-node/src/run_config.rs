@@ -22,6 +22,26 @@ pub(crate) struct RunConfig {
     pub(crate) workdir: Option<String>,
     /// Cloud-init user data.
     pub(crate) user_data: Option<String>,
+    /// How to log in to the guest, when that isn't as its image says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) login: Option<Login>,
+}
+
+/// A way into a guest.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Login {
+    /// The user; the image's when it isn't named.
+    pub(crate) user: Option<String>,
+    pub(crate) proof: Proof,
+}
+
+/// What a user of a guest has to show.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Proof {
+    Password(String),
+    /// A private key in OpenSSH's format.
+    Key(String),
 }
 
 impl std::fmt::Debug for RunConfig {
@@ -79,7 +99,8 @@ impl RunConfig {
         if inline.is_some() && secret.is_some() {
             return Err(RunConfigError::TwoUserData);
         }
-        needs.secrets.extend(secret.map(str::to_owned));
+        let login = pod::annotation(pod, annotations::GUEST_LOGIN_SECRET).filter(|name| !name.is_empty());
+        needs.secrets.extend(secret.into_iter().chain(login).map(str::to_owned));
         let fetched = fetch(client, pod::namespace(pod), &needs).await?;
         let env = env::resolve(pod, container, &fetched, facts)?;
         let command =
@@ -89,15 +110,40 @@ impl RunConfig {
             None => inline.map(str::to_owned),
         };
         let workdir = container.working_dir.clone().filter(|dir| !dir.is_empty());
-        Ok(Self { command, env, workdir, user_data })
+        let login = login.map(|name| secret_login(pod, name, &fetched)).transpose()?;
+        Ok(Self { command, env, workdir, user_data, login })
     }
 }
 
+/// A Secret of a type that Kubernetes has for logging in
+/// (<https://kubernetes.io/docs/concepts/configuration/secret/#secret-types>). What counts are its keys.
+fn secret_login(pod: &Pod, name: &str, fetched: &Fetched) -> Result<Login, ConfigError> {
+    const USER: &str = "username";
+    const PASSWORD: &str = "password";
+    const KEY: &str = "ssh-privatekey";
+    let has = |key: &str| {
+        let data = fetched.secrets.get(name).and_then(|secret| secret.data.as_ref());
+        data.is_some_and(|data| data.contains_key(key))
+    };
+    let user = has(USER).then(|| secret_text(pod, name, USER, fetched)).transpose()?;
+    let proof = if has(KEY) {
+        Proof::Key(secret_text(pod, name, KEY, fetched)?)
+    } else {
+        // Without either, this tells what is missing.
+        Proof::Password(secret_text(pod, name, PASSWORD, fetched)?)
+    };
+    Ok(Login { user, proof })
+}
+
 fn secret_user_data(pod: &Pod, name: &str, fetched: &Fetched) -> Result<String, ConfigError> {
+    secret_text(pod, name, USER_DATA_KEY, fetched)
+}
+
+fn secret_text(pod: &Pod, name: &str, key: &str, fetched: &Fetched) -> Result<String, ConfigError> {
     let secret =
         fetched.secrets.get(name).ok_or_else(|| ConfigError::Missing { kind: "secret", name: name.to_owned() })?;
-    let (namespace, name, key) = (pod::namespace(pod).to_owned(), name.to_owned(), USER_DATA_KEY.to_owned());
-    match secret.data.as_ref().and_then(|data| data.get(USER_DATA_KEY)) {
+    let (namespace, name, key) = (pod::namespace(pod).to_owned(), name.to_owned(), key.to_owned());
+    match secret.data.as_ref().and_then(|data| data.get(&key)) {
         Some(bytes) => String::from_utf8(bytes.0.clone()).map_err(|_| ConfigError::NotText {
             kind: "Secret",
             namespace,

@@ -103,11 +103,12 @@ pub(crate) fn status(
     let mut said = Vec::from(view.conditions(&incomplete, &unready, succeeded, gate(pod)));
     said.extend(located(seen.location));
     let conditions = conditions(&known, &said, generation, now);
-    let learnt = match seen.location {
+    let elsewhere = match seen.location {
         Location::Learnt(learnt) => Some(learnt.address),
-        Location::Given | Location::Unknown => None,
+        Location::Unknown => None,
+        Location::Given => seen.company.and_then(|company| company.address),
     };
-    let address = record.address.or(learnt).or_else(|| seen.company?.address);
+    let address = record.address.or(elsewhere);
     let address = address.filter(|_| view.has_address).map(|address| address.to_string());
     PodStatus {
         phase: Some(phase.to_owned()),
@@ -131,13 +132,15 @@ fn located(location: Location) -> Option<Said> {
     match location {
         Location::Given => None,
         Location::Unknown => {
-            let text = "no lease of the guest was seen on its network, and it did not speak to its neighbours";
+            let text = "no lease of the guest is known, and it did not speak to its neighbours";
             Some(Said::no(ADDRESS_LEARNT, "NothingHeard", Some(text.to_owned())))
         }
         Location::Learnt(Learnt { address, from, at }) => {
             let (reason, how) = match from {
                 LearntFrom::Dhcp(server) => ("DHCP", format!("leased by {server}")),
                 LearntFrom::Arp => ("ARP", "by the guest's word to its neighbours".to_owned()),
+                LearntFrom::Lease => ("Lease", "leased by this host".to_owned()),
+                LearntFrom::Neighbour => ("Neighbour", "from this host's table of its neighbours".to_owned()),
             };
             let at = Timestamp::from_second(at.as_second()).unwrap_or(at);
             let message = Some(format!("{address}, {how}, at {at}"));

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
+use vmpod_api::annotations;
 use vmpod_image::{
     Architecture, ClonedBoot, ClonedImage, Config, DiskFormat as ImageDiskFormat, Firmware as ImageFirmware, Os,
     SeedKind,
 };
 use vmpod_machine::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, MacAddr, MachineId, Memory,
+    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, Mac, MacAddr, MachineId, Memory,
     Network, Protocol, Secret, Seed, Spec,
 };
 
@@ -32,7 +33,14 @@ pub(crate) enum TranslateError {
     Cpus { image: String, needs: u32, gets: u32 },
     #[error("image {image} holds a {os} guest, which this node can't run")]
     Os { image: String, os: Os },
-    #[error("image {image} reads no first-boot seed and names no password, so there is no way into its guest")]
+    #[error(
+        "image {image} doesn't say on which hardware its macOS was installed, or lacks its auxiliary storage: make it anew from a working machine"
+    )]
+    NoMac { image: String },
+    #[error(
+        "image {image} reads no first-boot seed and names no password, so there is no way into its guest: name a Secret with one in the annotation {}",
+        annotations::GUEST_LOGIN_SECRET
+    )]
     NoAccess { image: String },
 }
 
@@ -85,6 +93,8 @@ pub(crate) struct Parts<'a> {
     /// Our key pair for the guest: the private key's file, the public key's line.
     pub(crate) key: (PathBuf, String),
     pub(crate) user_data: Option<String>,
+    /// How to log in, when that isn't as the image says: the user if it is another, and what proves it.
+    pub(crate) login: Option<(Option<String>, Auth)>,
     pub(crate) accel: Accel,
     /// The host's architecture.
     pub(crate) host: Option<Arch>,
@@ -99,23 +109,28 @@ const SSH_PORT: u16 = 2222;
 pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
     let config = &parts.clone.config;
     let guest = &config.guest;
+    let apple = matches!(parts.place, network::Place::Vmnet(_));
     let os = match config.os {
         Os::Linux => GuestOs::Linux,
-        Os::Darwin => GuestOs::Macos,
-        Os::Windows => GuestOs::Windows,
-        Os::Freebsd => return Err(TranslateError::Os { image: parts.image.to_owned(), os: config.os }),
+        Os::Darwin if apple => GuestOs::Macos,
+        Os::Windows if !apple => GuestOs::Windows,
+        Os::Darwin | Os::Windows | Os::Freebsd => {
+            return Err(TranslateError::Os { image: parts.image.to_owned(), os: config.os });
+        }
     };
+    let mac = if os == GuestOs::Macos { Some(mac(&parts)?) } else { None };
     let seeded = guest.seed == SeedKind::Nocloud;
-    let auth = match &guest.password {
-        _ if seeded => Auth::Key(parts.key.0),
-        Some(password) => Auth::Password(Secret::new(password.clone())),
-        None => return Err(TranslateError::NoAccess { image: parts.image.to_owned() }),
+    let (user, auth) = match (parts.login, &guest.password) {
+        (Some((user, auth)), _) => (user.unwrap_or_else(|| guest.user.clone()), auth),
+        (None, _) if seeded => (guest.user.clone(), Auth::Key(parts.key.0)),
+        (None, Some(password)) => (guest.user.clone(), Auth::Password(Secret::new(password.clone()))),
+        (None, None) => return Err(TranslateError::NoAccess { image: parts.image.to_owned() }),
     };
     let arch = match config.architecture {
         Architecture::Amd64 => Arch::Amd64,
         Architecture::Arm64 => Arch::Arm64,
     };
-    let network = match (&parts.place, network::tap(&parts.place, &parts.id, parts.uid, parts.pod)) {
+    let network = match (&parts.place, network::interface(&parts.place, &parts.id, parts.uid, parts.pod)) {
         (network::Place::User(address), _) => {
             let (ssh_port, forwards) = ports(parts.container, parts.low_ports);
             vec![Network::User {
@@ -126,7 +141,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
                 mac: MacAddr::derive(parts.uid.as_str()),
             }]
         }
-        (_, tap) => tap.into_iter().collect(),
+        (_, interface) => interface.into_iter().collect(),
     };
     Ok(Spec {
         seed: seeded.then(|| Seed {
@@ -166,7 +181,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
             .collect(),
         networks: network,
         access: Access {
-            user: guest.user.clone(),
+            user,
             auth,
             ready_marker: guest.ready_marker.clone(),
             port: guest.ssh_port,
@@ -174,6 +189,20 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         // Another architecture's instructions can only be emulated.
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
         snapshot: None,
+        mac,
+    })
+}
+
+/// The hardware of a macOS image. Each machine has a copy of the auxiliary storage, and an identifier of its own when the pod asks
+/// for one.
+fn mac(parts: &Parts<'_>) -> Result<Mac, TranslateError> {
+    let missing = || TranslateError::NoMac { image: parts.image.to_owned() };
+    let identity = parts.clone.config.macos.as_ref().ok_or_else(missing)?;
+    let own = pod::annotation(parts.pod, annotations::MAC_IDENTIFIER) == Some("new");
+    Ok(Mac {
+        hardware_model: identity.hardware_model.clone(),
+        machine_identifier: (!own).then(|| identity.machine_identifier.clone()),
+        auxiliary_storage: parts.clone.nvram.clone().ok_or_else(missing)?,
     })
 }
 
@@ -261,6 +290,7 @@ mod tests {
             place: network::Place::User([127, 64, 0, 9].into()),
             key: ("/m/key".into(), "ssh-ed25519 AAAA".to_owned()),
             user_data: Some("#!/bin/sh\n".to_owned()),
+            login: None,
             accel: Accel::Kvm,
             host: Some(Arch::Amd64),
             low_ports,

@@ -107,14 +107,19 @@ impl World {
 
     /// The address of a pod's machines.
     ///
-    /// On somebody else's bridge there is none before the guest has one.
+    /// On somebody else's bridge, and on Apple's networks, there is none before the guest has one.
     pub(crate) fn address(&self, uid: &PodUid, pod: &Pod, attempt: u32) -> Result<Option<Ipv4Addr>, NoAddress> {
         let mode = NetworkMode::of(pod, &self.network);
-        if matches!(mode, NetworkMode::Bridge(_)) {
+        if matches!(mode, NetworkMode::Bridge(_)) || self.apple() {
             return Ok(None);
         }
         let found = self.ledger.address(uid, &uid.machine(attempt), &mode, &self.machines.addresses());
         found.map(Some).ok_or(NoAddress)
+    }
+
+    /// Whether machines are those of Apple's framework.
+    pub(crate) fn apple(&self) -> bool {
+        self.machines.hypervisor() == vmpod_machine::vz::NAME
     }
 
     /// The machine's place on the host's own network is ready for it, when it is to be there.

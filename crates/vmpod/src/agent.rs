@@ -7,11 +7,13 @@ use anyhow::{Context as _, Result};
 use vmpod_image::{Credentials, Store};
 use vmpod_machine::kvm::{self, Kvm};
 use vmpod_machine::qemu::Qemu;
+use vmpod_machine::vz::{self, Vz};
 use vmpod_machine::{Machines, Memory};
 use vmpod_node::{Capacity, Kubelet, MachineDefaults, Options, Registries};
 
-use crate::args::{self, Accel, NodeMachines};
+use crate::args::{self, Accel, Kind, NodeMachines};
 use crate::home::Home;
+use crate::report::Remedy;
 
 /// What one agent needs besides its home.
 pub(crate) struct Parts<'a> {
@@ -27,14 +29,14 @@ pub(crate) struct Parts<'a> {
 /// The options of an agent.
 pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
     let Parts { home, name, address, kubelet, client, store, machines: args } = parts;
-    let qemu = qemu(&args.qemu);
-    let accel = accel(home, &qemu, args.accel).await;
+    let hypervisor = Hypervisor::of(&args.hypervisor)?;
+    let accel = accel(home, &hypervisor, args.accel).await;
     Ok(Options {
         name,
         dir: home.node(),
         client,
         store,
-        machines: machines(home, qemu)?,
+        machines: machines(home, hypervisor)?,
         accel,
         kubelet: Some(kubelet),
         address,
@@ -70,18 +72,50 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
 }
 
 /// The home's machines, none adopted yet.
-pub(crate) fn machines(home: &Home, qemu: Qemu) -> Result<Machines> {
-    Machines::open(home.machines(), Arc::new(qemu))
-        .with_context(|| format!("can't open the machines in {}", home.machines().display()))
+pub(crate) fn machines(home: &Home, hypervisor: Hypervisor) -> Result<Machines> {
+    let hypervisor: Arc<dyn vmpod_machine::Hypervisor> = match hypervisor {
+        Hypervisor::Qemu(qemu) => Arc::new(qemu),
+        Hypervisor::Vz(vz) => Arc::new(vz),
+    };
+    Machines::open(home.machines(), hypervisor).with_context(|| format!("can't open the machines in {}", home.machines().display()))
+}
+
+/// What runs this host's machines.
+#[derive(Clone, Debug)]
+pub(crate) enum Hypervisor {
+    Qemu(Qemu),
+    Vz(Vz),
+}
+
+impl Hypervisor {
+    /// What was named, or what is usual here.
+    pub(crate) fn of(args: &args::Hypervisor) -> Result<Self> {
+        let usual = if cfg!(target_os = "macos") { Kind::Vz } else { Kind::Qemu };
+        match args.kind.unwrap_or(usual) {
+            Kind::Qemu => Ok(Self::Qemu(qemu(args))),
+            Kind::Vz if args.vz_helper.is_none() && cfg!(not(target_os = "macos")) => Err(Remedy::new(
+                "Apple's Virtualization framework is on Macs only",
+                "leave out --hypervisor, or run this on a Mac",
+            )
+            .into()),
+            Kind::Vz => {
+                let helper = args.vz_helper.clone().map_or_else(std::env::current_exe, std::path::absolute);
+                let leases = args.vmnet_leases.clone().unwrap_or_else(|| vz::LEASES.into());
+                Ok(Self::Vz(Vz { helper: helper.context("can't tell where this program is")?, leases }))
+            }
+        }
+    }
 }
 
 /// The QEMU that was named, or this architecture's.
-pub(crate) fn qemu(args: &args::Qemu) -> Qemu {
+pub(crate) fn qemu(args: &args::Hypervisor) -> Qemu {
     args.qemu.clone().map_or_else(Qemu::default, |program| Qemu { program })
 }
 
 /// What executes the guests: what was asked for, else the fastest that works here.
-pub(crate) async fn accel(home: &Home, qemu: &Qemu, asked: Option<Accel>) -> vmpod_machine::Accel {
+pub(crate) async fn accel(home: &Home, hypervisor: &Hypervisor, asked: Option<Accel>) -> vmpod_machine::Accel {
+    // Apple's framework has no other.
+    let Hypervisor::Qemu(qemu) = hypervisor else { return vmpod_machine::Accel::Hvf };
     match asked {
         Some(Accel::Kvm) => return vmpod_machine::Accel::Kvm,
         Some(Accel::Hvf) => return vmpod_machine::Accel::Hvf,

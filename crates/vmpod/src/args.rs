@@ -5,6 +5,7 @@
 
 mod api;
 mod gitlab_executor;
+mod hypervisor;
 mod network;
 mod node;
 pub(crate) mod values;
@@ -17,6 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) use api::{Api, ApiCommand, Token, TokenCommand, TokenCreate};
 pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
+pub(crate) use hypervisor::{Hypervisor, Kind, MachineVz};
 pub(crate) use network::Network;
 pub(crate) use node::{DockerHost, Node, NodeObject};
 pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
@@ -93,6 +95,8 @@ pub(crate) enum Command {
     Api(Api),
     Token(Token),
     GitlabExecutor(GitlabExecutor),
+    #[command(hide = true)]
+    MachineVz(MachineVz),
     Doctor(Doctor),
     Completions(Completions),
     Version(Version),
@@ -218,7 +222,7 @@ pub(crate) struct NodeMachines {
     #[arg(long, value_name = "KIND", value_enum)]
     pub(crate) accel: Option<Accel>,
     #[command(flatten)]
-    pub(crate) qemu: Qemu,
+    pub(crate) hypervisor: Hypervisor,
     /// A registry that may be spoken to without TLS, HOST or HOST:PORT (repeatable; loopback always may)
     #[arg(long, value_name = "HOST")]
     pub(crate) plain_http: Vec<String>,
@@ -265,13 +269,6 @@ pub(crate) enum Accel {
     Tcg,
 }
 
-#[derive(Clone, Debug, Args)]
-pub(crate) struct Qemu {
-    /// The QEMU program [default: qemu-system-* of this architecture]
-    #[arg(long, value_name = "PROGRAM", env = "VMPOD_QEMU", hide_env_values = true,
-          value_hint = ValueHint::CommandName)]
-    pub(crate) qemu: Option<PathBuf>,
-}
 
 /// Run a command in a throwaway machine.
 ///
@@ -309,7 +306,7 @@ pub(crate) struct Run {
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = values::key_value)]
     pub(crate) env: Vec<KeyValue>,
     #[command(flatten)]
-    pub(crate) qemu: Qemu,
+    pub(crate) hypervisor: Hypervisor,
     /// Cloud-init user data for the guest, from a file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) user_data: Option<PathBuf>,
@@ -538,7 +535,7 @@ pub(crate) struct Build {
     #[arg(long, value_name = "KIND", value_enum)]
     pub(crate) accel: Option<Accel>,
     #[command(flatten)]
-    pub(crate) qemu: Qemu,
+    pub(crate) hypervisor: Hypervisor,
     #[command(flatten)]
     pub(crate) registry: Registry,
     #[command(flatten)]
@@ -741,7 +738,7 @@ pub(crate) struct Registry {
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
     #[command(flatten)]
-    pub(crate) qemu: Qemu,
+    pub(crate) hypervisor: Hypervisor,
     #[command(flatten)]
     pub(crate) network: Network,
     #[command(flatten)]

@@ -41,15 +41,15 @@ pub(crate) async fn run(home: &Home, args: args::Build) -> Result<Exit> {
     let recipe = Recipe::read(&args.file)?;
     let name = image::reference(&args.name)?;
     let store = image::open(home)?;
-    let qemu = agent::qemu(&args.qemu);
-    up::clear_dead_runs(home, &qemu).await;
+    let hypervisor = agent::Hypervisor::of(&args.hypervisor)?;
+    up::clear_dead_runs(home, &hypervisor).await;
     let base = base(&store, &recipe, &args).await?;
 
     let private = home.ephemeral(&letters(8));
     let _lock = private.lock(Role::Run).await?;
     let building = async {
-        let machines = agent::machines(&private, qemu.clone())?;
-        let accel = agent::accel(home, &qemu, args.accel).await;
+        let machines = agent::machines(&private, hypervisor.clone())?;
+        let accel = agent::accel(home, &hypervisor, args.accel).await;
         let id = MachineId::parse(format!("build-{}", letters(5)))?;
         let wanted = PlainMachine {
             id,
@@ -75,12 +75,12 @@ pub(crate) async fn run(home: &Home, args: args::Build) -> Result<Exit> {
         result = building => result.map(Some),
         interrupt = interrupts.next() => {
             talk("interrupted; removing the machine");
-            up::clear(&private, qemu).await?;
+            up::clear(&private, hypervisor).await?;
             return Ok(Exit::Command(interrupt.code()));
         }
     };
     // Nothing may be left, whatever went wrong before.
-    let cleared = up::clear(&private, qemu).await;
+    let cleared = up::clear(&private, hypervisor).await;
     let image = result.with_context(|| format!("can't build image {}", args.name))?;
     cleared?;
     if let Some(image) = image {

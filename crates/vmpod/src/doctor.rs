@@ -14,8 +14,9 @@ use vmpod_machine::kvm::{self, Kvm};
 use vmpod_machine::qemu::Qemu;
 
 mod nat;
+mod vz;
 
-use crate::agent::{self, Host};
+use crate::agent::{Host, Hypervisor};
 use crate::args::{self, Format};
 use crate::home::Home;
 use crate::output::{self, Progress, Style};
@@ -61,14 +62,21 @@ impl Check {
 
 /// Looks at everything and tells it; the exit is 1 when something is broken.
 pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
-    let qemu = agent::qemu(&args.qemu);
     let spinner = Progress::spinner("looking");
-    let (qemu_check, runs) = check_qemu(&qemu).await;
-    spinner.say("looking whether KVM works");
-    let mut checks = vec![qemu_check];
-    if runs && cfg!(target_os = "linux") {
-        checks.push(check_kvm(&kvm::probe(&qemu, &home.kvm()).await));
-    }
+    let mut checks = match Hypervisor::of(&args.hypervisor)? {
+        Hypervisor::Qemu(qemu) => {
+            let (check, runs) = check_qemu(&qemu).await;
+            spinner.say("looking whether KVM works");
+            let kvm = if runs && cfg!(target_os = "linux") {
+                Some(check_kvm(&kvm::probe(&qemu, &home.kvm()).await))
+            } else {
+                None
+            };
+            std::iter::once(check).chain(kvm).collect()
+        }
+        Hypervisor::Vz(vz) => vz::check(&vz),
+    };
+    let apple = checks.iter().any(|check: &Check| check.name == vz::CHECK);
     let home_check = check_home(home);
     let has_home = home_check.state != State::Broken;
     checks.push(home_check);
@@ -83,8 +91,10 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
     let own = home.holder().ok().flatten().map(|holder| holder.pid);
     checks.push(check_port("api port", args.api_port, "--api-port", own));
     checks.push(check_port("kubelet port", args.kubelet.kubelet_port, "--kubelet-port", own));
-    checks.push(check_loopback());
-    checks.extend(nat::check(&args.network.nat_bridge));
+    if !apple {
+        checks.push(check_loopback());
+        checks.extend(nat::check(&args.network.nat_bridge));
+    }
     checks.push(check_files(getrlimit(Resource::Nofile).current));
     checks.push(check_docker(&args.docker.docker_host));
     spinner.clear();

@@ -15,6 +15,7 @@ mod home;
 mod image;
 mod interrupts;
 mod logging;
+mod machine_vz;
 mod metrics;
 mod node;
 mod output;
@@ -71,6 +72,10 @@ fn start(cli: Cli) -> Result<Exit> {
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         tracing::debug!("a provider of cryptography was chosen already");
     }
+    #[cfg(target_os = "macos")]
+    if let Command::MachineVz(args) = &cli.command {
+        machine_vz::main(args.dir.clone());
+    }
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("can't start the runtime")?;
     let result = runtime.block_on(dispatch(cli));
@@ -96,6 +101,7 @@ async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Api(args) => archive::run(&home()?, args.command).await,
         Command::Token(args) => token::run(&home()?, args.command).await,
         Command::GitlabExecutor(args) => gitlab_executor::run(home, args).await,
+        Command::MachineVz(args) => machine_vz::run(args).await,
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "vmpod", &mut script);

@@ -24,7 +24,7 @@ use crate::stack;
 pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
     let mut interrupts = Interrupts::listen()?;
     let _lock = home.lock(Role::Node).await?;
-    crate::up::clear_dead_runs(home, &agent::qemu(&args.machines.qemu)).await;
+    crate::up::clear_dead_runs(home, &agent::Hypervisor::of(&args.machines.hypervisor)?).await;
 
     let name = agent::node_name(args.name.as_deref());
     if let Some(bootstrap) = &args.bootstrap_kubeconfig {

@@ -57,8 +57,8 @@ pub(crate) async fn run(home: &Home, args: args::Run) -> Result<Exit> {
 
 /// Runs the pod on a private API and node, which end with it.
 async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrupts) -> Result<Exit> {
-    let qemu = agent::qemu(&args.qemu);
-    up::clear_dead_runs(home, &qemu).await;
+    let hypervisor = agent::Hypervisor::of(&args.hypervisor)?;
+    up::clear_dead_runs(home, &hypervisor).await;
     let private = home.ephemeral(&letters(8));
     let _lock = private.lock(Role::Run).await?;
     let machines = NodeMachines {
@@ -72,7 +72,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         docker: args::DockerHost::default(),
         shutdown_grace: GRACE,
         accel: None,
-        qemu: args.qemu.clone(),
+        hypervisor: args.hypervisor.clone(),
         plain_http: Vec::new(),
         registry_ca: Vec::new(),
         sources: args::Sources::default(),
@@ -113,7 +113,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         }
     };
     // Nothing may be left, whatever went wrong before.
-    let cleared = up::clear(&private, qemu).await;
+    let cleared = up::clear(&private, hypervisor).await;
     match (result, cleared) {
         (Ok(exit), Err(error)) => {
             tracing::error!("can't remove {}: {error:#}", private.root().display());

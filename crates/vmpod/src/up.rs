@@ -4,9 +4,8 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use anyhow::Result;
-use vmpod_machine::qemu::Qemu;
 
-use crate::agent;
+use crate::agent::{self, Hypervisor};
 use crate::args;
 use crate::home::{Home, Role};
 use crate::image;
@@ -21,7 +20,7 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     let began = Instant::now();
     let mut interrupts = Interrupts::listen()?;
     let _lock = home.lock(Role::Up).await?;
-    clear_dead_runs(home, &agent::qemu(&args.machines.qemu)).await;
+    clear_dead_runs(home, &Hypervisor::of(&args.machines.hypervisor)?).await;
 
     let fleet_metrics = vmpod_fleet::Metrics::default();
     let _metrics = metrics::serve(args.fleet.metrics_listen, &fleet_metrics).await?;
@@ -83,7 +82,7 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
 }
 
 /// Removes what `vmpod run`s left that were killed. What can't be removed now is tried again next time.
-pub(crate) async fn clear_dead_runs(home: &Home, qemu: &Qemu) {
+pub(crate) async fn clear_dead_runs(home: &Home, hypervisor: &Hypervisor) {
     let dead = match home.dead_runs() {
         Ok(dead) => dead,
         Err(error) => {
@@ -101,16 +100,16 @@ pub(crate) async fn clear_dead_runs(home: &Home, qemu: &Qemu) {
                 continue;
             }
         };
-        if let Err(error) = clear(&run, qemu.clone()).await {
+        if let Err(error) = clear(&run, hypervisor.clone()).await {
             tracing::warn!("can't remove {}, which an earlier run left: {error:#}", run.root().display());
         }
     }
 }
 
 /// Kills and removes all machines of a private home, then the home. The caller holds its lock.
-pub(crate) async fn clear(run: &Home, qemu: Qemu) -> Result<()> {
+pub(crate) async fn clear(run: &Home, hypervisor: Hypervisor) -> Result<()> {
     let store = image::open(run)?;
-    let machines = agent::machines(run, qemu)?;
+    let machines = agent::machines(run, hypervisor)?;
     for (id, _) in machines.adopt().await? {
         machines.remove(&id, true).await?;
     }

@@ -164,3 +164,21 @@ async fn damage_is_told_from_what_can_not_be_read_now() {
     let error = machines.adopt().await.unwrap_err();
     assert!(error.to_string().ends_with("a/spec.json"), "{error}");
 }
+
+#[tokio::test]
+async fn who_finds_no_room_waits_and_starts_when_there_is_some() {
+    let (root, world) = (tempfile::tempdir().unwrap(), World::new());
+    world.set_default(Script { start: Start::BusyWith(1), ..Script::default() });
+    let machines = Machines::open(root.path(), world.hypervisor()).unwrap();
+    let first = machines.create(spec("a")).await.unwrap();
+    let second = machines.create(spec("b")).await.unwrap();
+    first.start().await.unwrap();
+    for _ in 0..2 {
+        let error = second.start().await.unwrap_err().to_string();
+        assert_eq!(error, "machine b has to wait: 1 guests run, and more may not");
+        assert_eq!(*second.state().borrow(), State::Preparing);
+    }
+    first.kill().await.unwrap();
+    second.start().await.unwrap();
+    assert_eq!(*second.state().borrow(), State::Running);
+}

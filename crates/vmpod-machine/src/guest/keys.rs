@@ -11,6 +11,15 @@ use crate::directory::{MachineDir, write_whole};
 /// The private key's file in a machine's directory.
 pub(crate) const FILE: &str = "id_ed25519";
 
+/// A key of somebody else's.
+pub(crate) const GIVEN: &str = "login_key";
+
+/// Whether a text is a private key that can be used: without a passphrase, in OpenSSH's format.
+pub(crate) fn check(pem: &str) -> io::Result<()> {
+    let key = PrivateKey::from_openssh(pem).map_err(io::Error::other)?;
+    if key.is_encrypted() { Err(io::Error::other("it is encrypted: give one without a passphrase")) } else { Ok(()) }
+}
+
 /// A machine's key pair for its guest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SshKey {
@@ -59,6 +68,19 @@ mod tests {
         let other = MachineDir::new(root.path(), &MachineId::parse("b").unwrap());
         other.make().unwrap();
         assert_ne!(ensure(&other).unwrap().public, first.public);
+    }
+
+    #[test]
+    fn a_key_that_can_not_be_used_is_refused() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = MachineDir::new(root.path(), &MachineId::parse("a").unwrap());
+        dir.make().unwrap();
+        let pem = std::fs::read_to_string(ensure(&dir).unwrap().path).unwrap();
+        check(&pem).unwrap();
+        assert!(check("rubbish").is_err());
+        let key = PrivateKey::from_openssh(&pem).unwrap().encrypt(&mut rand::rng(), "secret").unwrap();
+        let locked = key.to_openssh(LineEnding::LF).unwrap();
+        assert!(check(&locked).unwrap_err().to_string().contains("passphrase"));
     }
 
     #[test]

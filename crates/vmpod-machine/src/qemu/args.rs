@@ -69,6 +69,8 @@ pub fn args(spec: &Spec, firmware: Option<&Path>, vhost: bool) -> Vec<OsString> 
                 });
                 line.add("-netdev", format!("user,id=net{index}{}{}", ports.concat(), hosts.collect::<String>()));
             }
+            // Refused before anybody asks for a command line.
+            Network::Vmnet { .. } => continue,
             Network::Tap { interface, .. } => {
                 let vhost = if vhost { ",vhost=on" } else { "" };
                 line.add("-netdev", format!("tap,id=net{index},ifname={interface},script=no,downscript=no{vhost}"));

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use async_trait::async_trait;
 use jiff::Timestamp;
@@ -14,10 +13,11 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::args::disk_node;
 use super::qmp::Qmp;
-use super::{LOCK, LOG, identity};
+use super::LOG;
 use crate::directory::MachineDir;
 use crate::hypervisor::{DiskStats, HypervisorError, Process, Stats};
 use crate::lifecycle::{Exit, ExitCause};
+use crate::pid::{Handle, usage};
 use crate::spec::Spec;
 
 /// A QEMU that was proved to be the machine's.
@@ -178,123 +178,6 @@ pub(super) fn exit_from_log(log: &Path, at: Timestamp) -> Exit {
     Exit { cause, at, detail: last.map(ToOwned::to_owned) }
 }
 
-/// How long a killed process may take to be gone.
-const GONE: Duration = Duration::from_secs(15);
-
-/// Kills the process that holds a machine's lock, and waits until it is gone.
-pub(super) async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), HypervisorError> {
-    let handle = Handle::open(pid)?;
-    // Looked at again through a handle that can't come to mean another process.
-    let still = identity(Path::new(&format!("/proc/{pid}/fd/0")));
-    if still.is_some() && still == identity(&dir.file(LOCK)) {
-        handle.kill()?;
-        if tokio::time::timeout(GONE, handle.gone()).await.is_err() {
-            let why = format!("process {pid} was killed and is still there: it may wait for a disk");
-            return Err(HypervisorError::Unresponsive { why });
-        }
-    }
-    Ok(())
-}
-
-/// A process, for good: its number can't be given to another while this is held.
-#[cfg(target_os = "linux")]
-struct Handle {
-    pid: u32,
-    fd: tokio::io::unix::AsyncFd<std::os::fd::OwnedFd>,
-}
-
-#[cfg(target_os = "linux")]
-impl Handle {
-    fn open(pid: u32) -> Result<Self, HypervisorError> {
-        let open = || {
-            let raw = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
-            let raw = raw.ok_or_else(|| std::io::Error::other("no such process number"))?;
-            let fd = rustix::process::pidfd_open(raw, rustix::process::PidfdFlags::NONBLOCK)?;
-            crate::readable::watch(fd)
-        };
-        let fd = open().map_err(HypervisorError::io(format!("can't watch process {pid}")))?;
-        Ok(Self { pid, fd })
-    }
-
-    /// Waits until it is gone.
-    async fn gone(&self) {
-        // Readable when the process has ended; an error would mean that the descriptor isn't watched any more.
-        self.fd.readable().await.ok();
-    }
-
-    fn kill(&self) -> Result<(), HypervisorError> {
-        match rustix::process::pidfd_send_signal(self.fd.get_ref(), rustix::process::Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => {
-                Err(HypervisorError::Io { action: format!("can't kill process {}", self.pid), source: error.into() })
-            }
-        }
-    }
-}
-
-/// Without pidfd there is only the number.
-#[cfg(not(target_os = "linux"))]
-struct Handle {
-    pid: u32,
-}
-
-#[cfg(not(target_os = "linux"))]
-impl Handle {
-    #[expect(clippy::unnecessary_wraps, reason = "as where there are process descriptors")]
-    fn open(pid: u32) -> Result<Self, HypervisorError> {
-        Ok(Self { pid })
-    }
-
-    fn raw(&self) -> Option<rustix::process::Pid> {
-        i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw)
-    }
-
-    async fn gone(&self) {
-        while self.raw().is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok()) {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-    }
-
-    fn kill(&self) -> Result<(), HypervisorError> {
-        match self.raw().map(|pid| rustix::process::kill_process(pid, rustix::process::Signal::KILL)) {
-            None | Some(Ok(()) | Err(rustix::io::Errno::SRCH)) => Ok(()),
-            Some(Err(error)) => {
-                Err(HypervisorError::Io { action: format!("can't kill process {}", self.pid), source: error.into() })
-            }
-        }
-    }
-}
-
-/// Processor time and resident memory (bytes) of a process, from `/proc` (see `proc_pid_stat(5)`).
-fn usage(pid: u32) -> Result<(Duration, u64), HypervisorError> {
-    let read = |name: &str| {
-        let path = format!("/proc/{pid}/{name}");
-        std::fs::read_to_string(&path).map_err(HypervisorError::io(format!("can't read {path}")))
-    };
-    let (stat, status) = (read("stat")?, read("status")?);
-    Ok((cpu_time(&stat).unwrap_or_default(), resident(&status).unwrap_or_default()))
-}
-
-/// Processor time that a process has used.
-pub(super) fn cpu_used(pid: u32) -> Result<Duration, HypervisorError> {
-    Ok(usage(pid)?.0)
-}
-
-fn cpu_time(stat: &str) -> Option<Duration> {
-    // The second field is a name in parentheses and may hold anything; fields are counted after the last ')'.
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_whitespace().skip(11);
-    let ticks: u64 = fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?;
-    // The kernel's tick for user space is 1/100 s on every architecture that we run on.
-    Some(Duration::from_millis(ticks.saturating_mul(10)))
-}
-
-fn resident(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -317,20 +200,6 @@ mod tests {
         );
         std::fs::remove_file(&log).unwrap();
         assert_eq!(exit_from_log(&log, Timestamp::UNIX_EPOCH).cause, ExitCause::Unseen);
-    }
-
-    #[test]
-    fn names_with_parentheses_do_not_shift_the_fields() {
-        let stat = "42 (a) b (c)) S 1 2 3 4 5 6 7 8 9 10 150 50 0 0 20 0";
-        assert_eq!(cpu_time(stat), Some(Duration::from_secs(2)));
-        assert_eq!(resident("Name:\tx\nVmRSS:\t  1024 kB\n"), Some(1 << 20));
-    }
-
-    #[test]
-    fn our_own_usage_can_be_read() {
-        let (_, rss) = usage(std::process::id()).unwrap();
-        assert!(rss > 1 << 20);
-        assert!(usage(u32::MAX).is_err());
     }
 
     #[test]

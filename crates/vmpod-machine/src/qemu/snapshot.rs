@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 
-use super::process::cpu_used;
+use crate::pid::cpu_used;
 use super::qmp::{Qmp, connect};
 use crate::directory::{self, MachineDir};
 use crate::hypervisor::HypervisorError;
@@ -103,7 +103,11 @@ pub(super) async fn restore(spec: &Spec, dir: &MachineDir, qmp: &Qmp) -> Result<
     let status = qmp.execute("query-status", json!({})).await?;
     if status.get("status").and_then(Value::as_str) == Some("inmigrate") {
         let state = crate::guest::shell::quote(&template.join(STATE).to_string_lossy());
-        migrate(qmp, "migrate-incoming", &format!("exec:cat {state}")).await?;
+        match migrate(qmp, "migrate-incoming", &format!("exec:cat {state}")).await {
+            // The agent before us had begun it when it died: QEMU goes on by itself.
+            Err(HypervisorError::Refused { .. }) if has_begun(qmp).await? => woken(qmp).await?,
+            result => result?,
+        }
     }
     let renewed = tokio::time::timeout(RENEWAL, renew(spec, &mut port)).await;
     renewed.unwrap_or_else(|_| {
@@ -112,6 +116,28 @@ pub(super) async fn restore(spec: &Spec, dir: &MachineDir, qmp: &Qmp) -> Result<
     })?;
     directory::write_whole(&dir.file(DONE), b"")
         .map_err(HypervisorError::io(format!("can't write {}", dir.file(DONE).display())))
+}
+
+/// Whether somebody has told the process to go on from its snapshot.
+async fn has_begun(qmp: &Qmp) -> Result<bool, HypervisorError> {
+    let migration = qmp.execute("query-migrate", json!({})).await?;
+    let status = migration.get("status").and_then(Value::as_str);
+    Ok(!matches!(status, None | Some("none" | "failed" | "cancelled")))
+}
+
+/// Waits until a migration is over that another connection began, whose events went there.
+async fn woken(qmp: &Qmp) -> Result<(), HypervisorError> {
+    let end = tokio::time::Instant::now() + MIGRATION;
+    loop {
+        let status = qmp.execute("query-status", json!({})).await?;
+        if status.get("status").and_then(Value::as_str) != Some("inmigrate") {
+            return Ok(());
+        }
+        if tokio::time::Instant::now() >= end || !has_begun(qmp).await? {
+            return Err(HypervisorError::Restore { why: "what an earlier agent began didn't end".to_owned() });
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 async fn renew(spec: &Spec, port: &mut Port) -> Result<(), HypervisorError> {

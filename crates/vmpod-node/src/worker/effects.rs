@@ -157,8 +157,8 @@ impl Worker {
         let number = record.next_attempt();
         let mut next = record.clone();
         next.address = match &self.crew {
-            Some(crew) => crew.view().borrow().company.address,
-            None => self.pod.as_deref().and_then(|pod| self.world.address(&self.uid, pod, number).ok().flatten()),
+            Some(crew) if !self.world.apple() => crew.view().borrow().company.address,
+            _ => self.pod.as_deref().and_then(|pod| self.world.address(&self.uid, pod, number).ok().flatten()),
         };
         next.previous = next.attempt.take().and_then(|attempt| attempt.ended).or(next.previous);
         next.attempt = Some(Attempt {

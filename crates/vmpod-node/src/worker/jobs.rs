@@ -7,7 +7,8 @@ use kube::{
     Api,
     api::{DeleteParams, Preconditions},
 };
-use vmpod_machine::{Arch, GuestError, MachineError, MainCommand};
+use vmpod_image::Store;
+use vmpod_machine::{Arch, Auth, GuestError, MachineError, MainCommand, Secret};
 
 use super::{
     Failure, ImageChoice, Input, Job, MAIN, Machine, Outcome, Pod, RunConfig, Work, Worker, error_chain, image_pull,
@@ -17,6 +18,7 @@ use crate::{
     action::{Action, Place, Where},
     limited,
     network::Place as NetworkPlace,
+    run_config::{Login, Proof},
     snapshots, translate,
     world::{NoAddress, Wanted},
 };
@@ -57,8 +59,9 @@ impl Worker {
         let (world, pod) = (Arc::clone(&self.world), self.pod.clone()?);
         let number = self.record.as_ref()?.next_attempt();
         let address = match &self.crew {
-            Some(crew) => crew.view().borrow().company.address.map(Some).ok_or(NoAddress),
-            None => world.address(&self.uid, &pod, number),
+            // Apple's machines have an address of their own, and listen at none of the containers' network.
+            Some(crew) if !world.apple() => crew.view().borrow().company.address.map(Some).ok_or(NoAddress),
+            _ => world.address(&self.uid, &pod, number),
         };
         let beside = self.crew.as_ref().and_then(|crew| crew.view().borrow().containers);
         Some(Box::pin(async move {
@@ -95,6 +98,7 @@ impl Worker {
         let record = self.record.as_ref()?;
         let (id, attempt, address) = (record.machine()?, record.attempt.clone()?, record.address);
         let user_data = self.run.as_ref().and_then(|run| run.user_data.clone());
+        let login = self.run.as_ref().and_then(|run| run.login.clone());
         let mut wanted = self.wanted.clone();
         Some(Box::pin(async move {
             let failed = |message: String| Failure::new("CreateContainerError", message);
@@ -108,18 +112,30 @@ impl Worker {
                 let (machines, id) = (machines.clone(), id.clone());
                 move || machines.ssh_key(&id).map_err(|error| error_chain(&error))
             });
+            let apple = world.apple();
             let clone = tokio::task::spawn_blocking(move || {
                 let image = store.image(digest).map_err(|error| error_chain(&error))?;
                 let image = image.ok_or_else(|| format!("image {name} ({digest}) is no longer in the store"))?;
                 let size =
                     translate::size(&container, &name, &image.config, defaults).map_err(|error| error.to_string())?;
                 let dir = machines.directory(&machine).map_err(|error| error_chain(&error))?;
+                let clone = if apple { Store::clone_image_raw } else { Store::clone_image };
                 let clone =
-                    store.clone_image(&image, dir.path(), size.disk, &holder).map_err(|error| error_chain(&error))?;
+                    clone(&store, &image, dir.path(), size.disk, &holder).map_err(|error| error_chain(&error))?;
                 Ok::<_, String>((container, size, clone))
             });
             let (key, clone) = futures::try_join!(key, clone).map_err(|error| failed(error.to_string()))?;
             let (key, (container, size, clone)) = (key.map_err(failed)?, clone.map_err(failed)?);
+            let login = match login {
+                None => None,
+                Some(Login { user, proof: Proof::Password(password) }) => {
+                    Some((user, Auth::Password(Secret::new(password))))
+                }
+                Some(Login { user, proof: Proof::Key(pem) }) => {
+                    let path = world.machines.keep_key(&id, &pem).map_err(|error| failed(error_chain(&error)))?;
+                    Some((user, Auth::Key(path)))
+                }
+            };
             world.faults.hit("node: image cloned").await;
             let spec = translate::machine(translate::Parts {
                 id,
@@ -129,9 +145,14 @@ impl Worker {
                 image: &attempt.image.name,
                 clone: &clone,
                 size,
-                place: NetworkPlace::of(&pod, &world.network, world.nat.config(), address).map_err(failed)?,
+                place: if apple {
+                    NetworkPlace::of_apple(&pod, &world.network)
+                } else {
+                    NetworkPlace::of(&pod, &world.network, world.nat.config(), address).map_err(failed)?
+                },
                 key: (key.path, key.public),
                 user_data,
+                login,
                 accel: world.accel,
                 host: Arch::host(),
                 low_ports: world.low_ports,
