@@ -132,9 +132,10 @@ fn references(pod: &Value, resource: &str) -> BTreeSet<String> {
     if resource == "secrets" {
         let secrets = spec["imagePullSecrets"].as_array().into_iter().flatten();
         found.extend(secrets.filter_map(|secret| secret["name"].as_str()).map(str::to_owned));
-        // The annotation that names the secret with a machine's user data.
-        let user_data = &pod["metadata"]["annotations"]["vmpod.dev/user-data-secret"];
-        found.extend(user_data.as_str().map(str::to_owned));
+        // The annotations that name secrets: a machine's user data, and the login of its guest.
+        let annotations = &pod["metadata"]["annotations"];
+        let named = ["vmpod.dev/user-data-secret", "vmpod.dev/guest-login-secret"];
+        found.extend(named.iter().filter_map(|name| annotations[name].as_str()).map(str::to_owned));
     }
     found
 }
@@ -267,7 +268,7 @@ mod tests {
     #[test]
     fn finds_what_a_pod_uses() {
         let pod = json!({
-            "metadata": { "annotations": { "vmpod.dev/user-data-secret": "s4" } },
+            "metadata": { "annotations": { "vmpod.dev/user-data-secret": "s4", "vmpod.dev/guest-login-secret": "s6" } },
             "spec": {
                 "serviceAccountName": "sa",
                 "imagePullSecrets": [{ "name": "s1" }],
