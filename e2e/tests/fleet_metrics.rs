@@ -63,6 +63,11 @@ impl Prometheus {
 }
 
 async fn pool(up: &Up, queue: &Queue) -> Result<()> {
+    pool_by(up, queue, "seed").await
+}
+
+/// A pool whose guests get their user data in this way.
+async fn pool_by(up: &Up, queue: &Queue, way: &str) -> Result<()> {
     for (name, token) in [("queue", TOKEN), ("runner", RUNNER_TOKEN)] {
         let secret = json!({
             "apiVersion": "v1", "kind": "Secret", "metadata": {"name": name, "namespace": "default"},
@@ -85,6 +90,7 @@ async fn pool(up: &Up, queue: &Queue) -> Result<()> {
             "image": "tiny",
             "resources": {"cpu": "500m", "memory": "192Mi"},
             "userData": queue.user_data(10),
+            "userDataBy": way,
             "placements": [{"name": "here"}],
             "scale": {"max": 2, "scaleDownSeconds": 0},
             "rollout": {"drainSeconds": 60},
@@ -193,4 +199,32 @@ async fn a_plain_queue_gets_machines_and_prometheus_sees_them() -> Result<()> {
     home.assert_clean().await?;
     up.stop().await?;
     home.assert_no_process()
+}
+
+/// As macOS does: a guest that reads no user data runs it as its pod's command.
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_that_read_no_seed_are_told_by_their_command() -> Result<()> {
+    let queue = Queue::start().await?;
+    let home = Home::with_tiny("fleet-command").await?;
+    let up = home.up(&["--fleet-poll", "1s"]).await?;
+    pool_by(&up, &queue, "command").await?;
+    queue.with(|state| state.pending.push_back(tokio::time::Instant::now()));
+    let pod = eventually_within(Duration::from_mins(2), "a runner has the job", || async {
+        let name = queue.with(|state| state.runners.iter().find(|(_, busy)| **busy).map(|(name, _)| name.clone()));
+        name.context("no runner has a job")
+    })
+    .await?;
+    let found = up.pod(&pod).await?;
+    ensure!(found["metadata"]["annotations"]["vmpod.dev/user-data-secret"].is_null(), "{found}");
+    ensure!(!found.to_string().contains(RUNNER_TOKEN), "the token is in the pod: {found}");
+    eventually_within(Duration::from_mins(2), "the job is done and nothing is left", || async {
+        ensure!(queue.with(|state| state.done.len()) == 1, "the job isn't done");
+        let left = up.kubectl_ok(&["get", "runners,pods,secrets", "-l", "vmpod.dev/pool=plain", "-o", "name"]).await?;
+        ensure!(left.trim().is_empty(), "{left}");
+        Ok(())
+    })
+    .await?;
+    up.kubectl_ok(&["delete", "runnerpool", "plain", "--timeout=60s"]).await?;
+    home.assert_clean().await?;
+    up.stop().await
 }

@@ -14,12 +14,22 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+/// The SHA-256 of some bytes, in hexadecimal digits.
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    for byte in Sha256::digest(bytes) {
+        write!(text, "{byte:02x}").ok();
+    }
+    text
+}
+
 /// A Tart image in an OCI layout, written from the format's description: a disk in one chunk of Apple's LZ4 framing, uncompressed.
 fn tart_image(dir: &Path) -> Result<()> {
     let blobs = dir.join("blobs/sha256");
     std::fs::create_dir_all(&blobs)?;
     let blob = |media_type: &str, bytes: &[u8], annotations: Value| -> Result<Value> {
-        let digest: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = hex(bytes);
         std::fs::write(blobs.join(&digest), bytes)?;
         Ok(json!({
             "mediaType": media_type, "digest": format!("sha256:{digest}"), "size": bytes.len(), "annotations": annotations
@@ -31,7 +41,7 @@ fn tart_image(dir: &Path) -> Result<()> {
     chunk.extend(u32::try_from(disk.len())?.to_le_bytes());
     chunk.extend(&disk);
     chunk.extend(b"bv4$");
-    let raw: String = Sha256::digest(&disk).iter().map(|byte| format!("{byte:02x}")).collect();
+    let raw = hex(&disk);
     let told = json!({
         "version": 1, "os": "darwin", "arch": architecture, "cpuCountMin": 1, "memorySizeMin": 1 << 28,
         "ecid": BASE64_STANDARD.encode(b"a machine identifier"), "hardwareModel": BASE64_STANDARD.encode(b"a hardware model"),
@@ -87,7 +97,10 @@ impl Mac {
         let vmnet = home.path().join("vmnet");
         std::fs::create_dir_all(&vmnet)?;
         // The key with which the guests' user is known beforehand, as on an image that somebody set up.
-        let keys = vmpod_machine::Machines::open(vmnet.join("keys"), std::sync::Arc::new(vmpod_machine::qemu::Qemu::default()))?;
+        let keys = vmpod_machine::Machines::open(
+            vmnet.join("keys"),
+            std::sync::Arc::new(vmpod_machine::qemu::Qemu::default()),
+        )?;
         let key = keys.ssh_key(&vmpod_machine::MachineId::parse("key")?)?;
         std::fs::write(vmnet.join("authorized_keys"), &key.public)?;
         std::fs::copy(&key.path, vmnet.join("id"))?;
@@ -128,7 +141,8 @@ fn macs_are_two_and_outlive_their_agent() -> Result<()> {
         let node = up.kubectl_ok(&["get", "node", "-o", "jsonpath={.items[0].status.allocatable}"]).await?;
         ensure!(node.contains(r#""vmpod.dev/macos-guests":"2""#), "{node}");
         let key = mac.home.path().join("vmnet/id");
-        let login = ["create", "secret", "generic", "login", "--type=kubernetes.io/ssh-auth", "--from-literal=username=root"];
+        let login =
+            ["create", "secret", "generic", "login", "--type=kubernetes.io/ssh-auth", "--from-literal=username=root"];
         let key = format!("--from-file=ssh-privatekey={}", key.display());
         up.kubectl_ok(&[&login[..], &[key.as_str()]].concat()).await?;
 
@@ -138,8 +152,17 @@ fn macs_are_two_and_outlive_their_agent() -> Result<()> {
         }
         // The address is the one of the lease, and the guest's own login works there.
         let (first, second) = (address(&up, "a").await?, address(&up, "b").await?);
-        ensure!(first.starts_with("192.168.64.") && second.starts_with("192.168.64.") && first != second, "{first} {second}");
-        let learnt = up.kubectl_ok(&["get", "pod", "a", "-o", "jsonpath={.status.conditions[?(@.type=='vmpod.dev/AddressLearnt')].reason}"]);
+        ensure!(
+            first.starts_with("192.168.64.") && second.starts_with("192.168.64.") && first != second,
+            "{first} {second}"
+        );
+        let learnt = up.kubectl_ok(&[
+            "get",
+            "pod",
+            "a",
+            "-o",
+            "jsonpath={.status.conditions[?(@.type=='vmpod.dev/AddressLearnt')].reason}",
+        ]);
         ensure!(learnt.await? == "Lease");
         let (before, beside) = (boot(&up, "a").await?, boot(&up, "b").await?);
         ensure!(before != beside, "one guest is both");
@@ -171,7 +194,8 @@ fn macs_are_two_and_outlive_their_agent() -> Result<()> {
             Ok(())
         })
         .await?;
-        let restarts = up.kubectl_ok(&["get", "pod", "a", "-o", "jsonpath={.status.containerStatuses[0].restartCount}"]);
+        let restarts =
+            up.kubectl_ok(&["get", "pod", "a", "-o", "jsonpath={.status.containerStatuses[0].restartCount}"]);
         ensure!(restarts.await? == "1");
         up.wait_ready("a").await?;
 
@@ -185,7 +209,13 @@ fn macs_are_two_and_outlive_their_agent() -> Result<()> {
         eventually_within(Duration::from_mins(2), "the fourth runs", || up.wait_ready("d")).await?;
         // A guest that shuts itself down is done, and told from one that was killed.
         up.kubectl(&["exec", "d", "--", "poweroff"]).await?;
-        let phase = ["get", "pod", "d", "-o", "jsonpath={.status.phase} {.status.containerStatuses[0].state.terminated.exitCode}"];
+        let phase = [
+            "get",
+            "pod",
+            "d",
+            "-o",
+            "jsonpath={.status.phase} {.status.containerStatuses[0].state.terminated.exitCode}",
+        ];
         eventually("the fourth is done", || async {
             let phase = up.kubectl_ok(&phase).await?;
             ensure!(phase == "Succeeded 0", "{phase}");

@@ -7,6 +7,7 @@ mod api;
 mod fleet_burst;
 mod fleet_month;
 mod image;
+#[cfg(target_os = "linux")]
 mod network;
 mod node;
 mod pod_start;
@@ -44,7 +45,10 @@ pub(crate) fn run(name: Name, quick: bool, program: Option<PathBuf>, root: &Path
         Name::PodStart => pod_start::run(quick, program, root),
         Name::Image => image::run(quick, program, root),
         Name::Node => node::run(quick, program, root),
+        #[cfg(target_os = "linux")]
         Name::Network => network::run(quick, root),
+        #[cfg(not(target_os = "linux"))]
+        Name::Network => anyhow::bail!("it measures bridges and namespaces of Linux"),
         Name::FleetBurst => fleet_burst::run(quick, program, root),
         Name::FleetMonth => fleet_month::run(quick, root),
         Name::Api => api::run(quick, program, root),

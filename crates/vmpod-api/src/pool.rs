@@ -57,6 +57,10 @@ pub struct RunnerPoolSpec {
     /// `$(VMPOD_RUNNER_NAME)` and `$(VMPOD_MAX_JOBS)` replaced. Without it, cloud-config that runs GitLab Runner.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data: Option<String>,
+    /// How the user data gets to a guest: `seed`, for guests that read one as cloud-init does, or `command`, as the pod's command, for
+    /// guests that don't, such as macOS. Then it is a script, and the machine ends with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data_by: Option<UserDataBy>,
     /// How a machine starts: `auto`, `boot` or `snapshot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Start>,
@@ -168,6 +172,17 @@ pub struct Resources {
     /// The least size of the first disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<String>,
+}
+
+/// How user data gets to a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum UserDataBy {
+    /// In a seed that the guest reads at its first boot.
+    #[default]
+    Seed,
+    /// As the pod's command, over the guest's login.
+    Command,
 }
 
 /// How a machine starts.

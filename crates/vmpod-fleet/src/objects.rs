@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Container, Node, Pod as KubePod, PodSpec, ResourceRequirements, Secret};
+use k8s_openapi::api::core::v1::{
+    Container, EnvVar, EnvVarSource, Node, Pod as KubePod, PodSpec, ResourceRequirements, Secret, SecretKeySelector,
+};
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{
@@ -13,7 +15,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use kube::{Resource as _, ResourceExt as _};
 use sha2::{Digest as _, Sha256};
 use vmpod_api::annotations;
-use vmpod_api::pool::{Placement, RunnerPool, RunnerPoolSpec};
+use vmpod_api::pool::{Placement, RunnerPool, RunnerPoolSpec, UserDataBy};
 use vmpod_api::runner::{Runner, RunnerSpec};
 
 use crate::life;
@@ -35,9 +37,22 @@ pub const CREDENTIAL: &str = "vmpod.dev/credential";
 #[must_use]
 pub fn template(spec: &RunnerPoolSpec) -> String {
     let made_of = (&spec.provider, &spec.image, &spec.resources, spec.jobs_per_runner, &spec.user_data, spec.start);
-    // Plain data, which JSON can always hold.
-    fingerprint(&serde_json::to_string(&made_of).unwrap_or_default())
+    // Plain data, which JSON can always hold. What is usual isn't in it: pools from before it could be chosen stay as they are.
+    let mut text = serde_json::to_string(&made_of).unwrap_or_default();
+    if by_command(spec) {
+        text.push_str("by command");
+    }
+    fingerprint(&text)
 }
+
+/// Whether a guest gets its user data as the pod's command.
+#[must_use]
+pub fn by_command(spec: &RunnerPoolSpec) -> bool {
+    spec.user_data_by == Some(UserDataBy::Command)
+}
+
+/// Becomes the script in its environment, which no command line shows. The script removes nothing of itself: the machine goes with it.
+const BECOME: &str = r#"file=$(mktemp) && printf '%s' "$VMPOD_USER_DATA" >"$file" && chmod 700 "$file" && unset VMPOD_USER_DATA && exec "$file""#;
 
 /// A few digits that tell two texts apart and nothing of what they say.
 #[must_use]
@@ -76,12 +91,15 @@ fn owned(runner: &Runner) -> ObjectMeta {
     }
 }
 
+/// The key of a runner's Secret.
+const USER_DATA: &str = "userdata";
+
 /// The Secret with a runner's user data.
 #[must_use]
 pub fn secret(runner: &Runner, user_data: String) -> Secret {
     Secret {
         metadata: owned(runner),
-        string_data: Some(BTreeMap::from([("userdata".to_owned(), user_data)])),
+        string_data: Some(BTreeMap::from([(USER_DATA.to_owned(), user_data)])),
         ..Secret::default()
     }
 }
@@ -97,10 +115,16 @@ pub fn pod(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> KubePod {
     let sizes: BTreeMap<String, Quantity> =
         sizes.into_iter().filter_map(|(name, size)| Some((name.to_owned(), Quantity(size.clone()?)))).collect();
     let mut metadata = owned(runner);
-    let mut notes = BTreeMap::from([
-        (annotations::USER_DATA_SECRET.to_owned(), runner.name_any()),
-        (CREDENTIAL.to_owned(), fingerprint(keep.expose())),
-    ]);
+    let mut notes = BTreeMap::from([(CREDENTIAL.to_owned(), fingerprint(keep.expose()))]);
+    let (mut command, mut env) = (None, None);
+    if by_command(spec) {
+        command = Some(["/bin/sh", "-c", BECOME].map(ToOwned::to_owned).to_vec());
+        let key = SecretKeySelector { name: runner.name_any(), key: USER_DATA.to_owned(), optional: None };
+        let source = EnvVarSource { secret_key_ref: Some(key), ..EnvVarSource::default() };
+        env = Some(vec![EnvVar { name: "VMPOD_USER_DATA".to_owned(), value_from: Some(source), ..EnvVar::default() }]);
+    } else {
+        notes.insert(annotations::USER_DATA_SECRET.to_owned(), runner.name_any());
+    }
     if let Some(start) = spec.start {
         notes.insert(annotations::START.to_owned(), start.as_str().to_owned());
     }
@@ -119,6 +143,8 @@ pub fn pod(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> KubePod {
             containers: vec![Container {
                 name: "runner".to_owned(),
                 image: Some(spec.image.clone()),
+                command,
+                env,
                 resources: (!sizes.is_empty()).then(|| ResourceRequirements {
                     requests: Some(sizes.clone()),
                     limits: Some(sizes),

@@ -120,6 +120,35 @@ runcmd:
     )
 }
 
+/// The same for a guest that reads no seed: a script, of which the machine's end is the end. macOS has no init system that would
+/// take it, and Homebrew's programs aren't on its usual path.
+///
+/// Told to end, GitLab Runner would break off its job; SIGQUIT lets it finish.
+pub const SCRIPT: &str = r#"#!/bin/sh
+umask 077
+PATH=$PATH:/opt/homebrew/bin:/usr/local/bin
+export PATH
+dir=$(mktemp -d) || exit 1
+cat >"$dir/config.toml" <<'VMPOD' || exit 1
+concurrent = 1
+[[runners]]
+  name = "$(VMPOD_RUNNER_NAME)"
+  url = "$(VMPOD_PROVIDER_URL)"
+  token = "$(VMPOD_RUNNER_TOKEN)"
+  executor = "shell"
+VMPOD
+printf '%s' '$(VMPOD_SYSTEM_ID)' >"$dir/.runner_system_id"
+gitlab-runner run-single -c "$dir/config.toml" -r '$(VMPOD_RUNNER_NAME)' --max-builds $(VMPOD_MAX_JOBS) --wait-timeout 0 &
+runner=$!
+trap 'kill -QUIT "$runner" 2>/dev/null' TERM INT HUP
+while :; do
+    wait "$runner"
+    code=$?
+    # A signal ends the wait, and not the runner.
+    kill -0 "$runner" 2>/dev/null || exit "$code"
+done
+"#;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -142,6 +171,63 @@ mod tests {
         assert_eq!(fill("$(VMPOD_GITLAB_URL)", &MACHINE), fill("$(VMPOD_PROVIDER_URL)", &MACHINE));
         let error = fill("$(VMPOD_TOKEN)", &MACHINE).unwrap_err();
         assert!(error.to_string().contains("$(VMPOD_TOKEN)") && error.to_string().contains("$(VMPOD_RUNNER_TOKEN)"));
+    }
+
+    /// The script, with a `gitlab-runner` of two lines, as a guest would run it.
+    #[test]
+    fn the_script_lets_a_job_finish_when_it_is_told_to_end() {
+        use std::io::Read as _;
+        use std::os::unix::fs::PermissionsExt as _;
+        use std::process::{Command, Stdio};
+
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o700)).unwrap();
+            path
+        };
+        // Its job ends a while after it was told to quit; TERM would end it at once. As a Go program does, it hears signals that its shell
+        // has turned off for what runs beside it.
+        write(
+            "gitlab-runner",
+            "#!/usr/bin/env python3\n\
+             import os, signal, sys, time\n\
+             config = sys.argv[3]\n\
+             for name in (config, os.path.join(os.path.dirname(config), '.runner_system_id')): print(open(name).read())\n\
+             print(*sys.argv[1:])\n\
+             def quit(*_): time.sleep(0.2); print('the job is done', flush=True); sys.exit(0)\n\
+             signal.signal(signal.SIGQUIT, quit)\n\
+             print('runs', flush=True)\n\
+             while True: time.sleep(0.05)\n",
+        );
+        let script = write("script", &fill(SCRIPT, &MACHINE).unwrap());
+        let path = std::env::join_paths(
+            [dir.path().to_owned()].into_iter().chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
+        )
+        .unwrap();
+        let mut child = Command::new(script)
+            .env_clear()
+            .env("PATH", path)
+            .env("TMPDIR", dir.path())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = child.stdout.take().unwrap();
+        let mut text = String::new();
+        while !text.contains("runs\n") {
+            let mut piece = [0; 512];
+            let length = output.read(&mut piece).unwrap();
+            assert!(length > 0, "{text}");
+            text.push_str(std::str::from_utf8(&piece[..length]).unwrap());
+        }
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
+        output.read_to_string(&mut text).unwrap();
+        assert!(child.wait().unwrap().success(), "{text}");
+        assert!(text.ends_with("the job is done\n"), "{text}");
+        assert!(text.contains("token = \"glrt-secret\"") && text.contains("\nr_0123456789ab"), "{text}");
+        assert!(text.contains("-r large-x2x4 --max-builds 1 --wait-timeout 0"), "{text}");
     }
 
     #[test]

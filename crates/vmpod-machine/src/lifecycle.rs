@@ -175,14 +175,14 @@ pub fn step(state: State, input: Input) -> Result<(State, Vec<Effect>), Denied> 
             let exit = Exit { cause: ExitCause::NeverStarted, at, detail: None };
             (S::Stopped(exit.clone()), vec![E::Record(exit)])
         }
-        (S::Preparing, _) => (S::Preparing, vec![]),
+        // What couldn't start for want of room is as it was.
+        (S::Preparing, _) | (S::Booting, I::Busy(_)) => (S::Preparing, vec![]),
 
         (_, I::Exited(exit)) => (S::Stopped(exit.clone()), vec![E::Record(exit)]),
         // A process that was told to stop while it was still starting, and then couldn't, simply failed.
         (S::Booting | S::Stopping { .. }, I::StartFailed(why)) | (S::Stopping { .. }, I::Busy(why)) => {
             (S::Failed(why), vec![])
         }
-        (S::Booting, I::Busy(_)) => (S::Preparing, vec![]),
 
         (S::Booting, I::Started) => (S::Running, vec![]),
         (S::Booting, I::Stop { deadline }) => (S::Stopping { deadline }, vec![]),

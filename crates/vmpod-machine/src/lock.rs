@@ -122,7 +122,6 @@ pub(crate) async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), Hyperv
     Ok(())
 }
 
-
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};

@@ -246,7 +246,10 @@ impl Driver {
         let process = process.map(Arc::from);
         let guest = machine.guest();
         let ask_at = None;
-        (machine, Self { spec, dir, hypervisor, faults, state, commands, process, starting: None, refusals, guest, ask_at })
+        (
+            machine,
+            Self { spec, dir, hypervisor, faults, state, commands, process, starting: None, refusals, guest, ask_at },
+        )
     }
 
     /// Drives the machine until nobody can ask for anything any more.

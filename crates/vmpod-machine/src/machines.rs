@@ -203,7 +203,9 @@ impl Machines {
     pub fn keep_key(&self, id: &MachineId, pem: &str) -> Result<PathBuf, MachineError> {
         let dir = self.directory(id)?;
         let path = dir.file(keys::GIVEN);
-        keys::check(pem).and_then(|()| directory::write_whole(&path, pem.as_bytes())).map_err(io_error("keep the key", &path))?;
+        keys::check(pem)
+            .and_then(|()| directory::write_whole(&path, pem.as_bytes()))
+            .map_err(io_error("keep the key", &path))?;
         Ok(path)
     }
 

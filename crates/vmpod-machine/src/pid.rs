@@ -89,7 +89,9 @@ pub(crate) fn usage(pid: u32) -> Result<(Duration, u64), HypervisorError> {
 #[expect(unsafe_code, reason = "there is no safe call for another process's usage")]
 pub(crate) fn usage(pid: u32) -> Result<(Duration, u64), HypervisorError> {
     let failed = HypervisorError::io(format!("can't read what process {pid} uses"));
-    let Ok(number) = libc::c_int::try_from(pid) else { return Err(failed(std::io::Error::other("no such process number"))) };
+    let Ok(number) = libc::c_int::try_from(pid) else {
+        return Err(failed(std::io::Error::other("no such process number")));
+    };
     let mut info = std::mem::MaybeUninit::<libc::rusage_info_v4>::zeroed();
     // SAFETY: the buffer is of the flavour that is named, and is all zeros, which every field of it may be.
     let result = unsafe { libc::proc_pid_rusage(number, libc::RUSAGE_INFO_V4, info.as_mut_ptr().cast()) };

@@ -80,12 +80,9 @@ impl Qemu {
     /// The first line of `--version`, for `doctor`.
     pub async fn version(&self) -> Result<String, HypervisorError> {
         let output =
-            tokio::process::Command::new(&self.program)
-                .arg("--version")
-                .stdin(Stdio::null())
-                .output()
-                .await
-                .map_err(|source| HypervisorError::Program { program: self.program.display().to_string(), mend: MEND, source })?;
+            tokio::process::Command::new(&self.program).arg("--version").stdin(Stdio::null()).output().await.map_err(
+                |source| HypervisorError::Program { program: self.program.display().to_string(), mend: MEND, source },
+            )?;
         let text = String::from_utf8_lossy(&output.stdout);
         Ok(text.lines().next().unwrap_or_default().to_owned())
     }
@@ -119,10 +116,7 @@ impl Hypervisor for Qemu {
     }
 
     async fn start(&self, spec: &Spec, dir: &MachineDir) -> Result<Box<dyn Process>, HypervisorError> {
-        if spec.os == GuestOs::Macos || spec.networks.iter().any(|network| matches!(network, Network::Vmnet { .. })) {
-            let why = "macOS guests and Apple's networks need Apple's Virtualization framework: run this machine on a Mac";
-            return Err(HypervisorError::Unsupported(why.to_owned()));
-        }
+        refuse(spec)?;
         let lock = match take_lock(dir)? {
             Lock::Taken(lock) => lock,
             Lock::Held | Lock::Absent => {
@@ -166,9 +160,11 @@ impl Hypervisor for Qemu {
             .stdout(Stdio::from(log_too))
             .stderr(Stdio::from(log));
         session::of_its_own(&mut command);
-        let child = tokio::process::Command::from(command)
-            .spawn()
-            .map_err(|source| HypervisorError::Program { program: program.display().to_string(), mend: MEND, source })?;
+        let child = tokio::process::Command::from(command).spawn().map_err(|source| HypervisorError::Program {
+            program: program.display().to_string(),
+            mend: MEND,
+            source,
+        })?;
         let mut child = Some(child);
         let answer = tokio::time::timeout(START_LIMIT, async {
             loop {
@@ -285,6 +281,15 @@ impl Hypervisor for Qemu {
             }
         }
     }
+}
+
+/// Refuses what only Apple's framework does.
+fn refuse(spec: &Spec) -> Result<(), HypervisorError> {
+    if spec.os == GuestOs::Macos || spec.networks.iter().any(|network| matches!(network, Network::Vmnet { .. })) {
+        let why = "macOS guests and Apple's networks need Apple's Virtualization framework: run this machine on a Mac";
+        return Err(HypervisorError::Unsupported(why.to_owned()));
+    }
+    Ok(())
 }
 
 /// Gives the machine's interfaces on this host their bridges.

@@ -115,7 +115,7 @@ impl Hypervisor for Vz {
                     status = child.wait() => {
                         let status = status.map_err(HypervisorError::io("can't wait for the machine's helper"))?;
                         let words = last_words(&log_path);
-                        if status.code() == Some(BUSY) {
+                        if status.code() == Some(i32::from(BUSY)) {
                             return Err(HypervisorError::Busy(words.unwrap_or_else(|| "too many guests run".to_owned())));
                         }
                         let output = words.unwrap_or_else(|| status.to_string());
@@ -128,13 +128,12 @@ impl Hypervisor for Vz {
             }
         })
         .await;
-        let control = match answer {
-            Ok(answer) => answer?,
-            Err(_) => {
-                child.kill().await.map_err(HypervisorError::io("can't kill a helper that doesn't answer"))?;
-                let output = format!("it didn't answer within {} s and was killed", START_LIMIT.as_secs());
-                return Err(HypervisorError::DiedAtStart { hypervisor: NAME, output });
-            }
+        let control = if let Ok(answer) = answer {
+            answer?
+        } else {
+            child.kill().await.map_err(HypervisorError::io("can't kill a helper that doesn't answer"))?;
+            let output = format!("it didn't answer within {} s and was killed", START_LIMIT.as_secs());
+            return Err(HypervisorError::DiedAtStart { hypervisor: NAME, output });
         };
         // Buried by whoever watches it; a process that nobody waits for would stay as a zombie.
         tokio::spawn(async move { child.wait().await });
@@ -267,7 +266,9 @@ impl Process for VzProcess {
     async fn kill(&self) -> Result<(), HypervisorError> {
         self.killed.store(true, Ordering::SeqCst);
         // A helper that can will say what it did; one that hangs is ended by the kernel.
-        if tokio::time::timeout(Duration::from_secs(3), self.control.ask(Command::Stop)).await.is_ok_and(|answer| answer.is_ok())
+        if tokio::time::timeout(Duration::from_secs(3), self.control.ask(Command::Stop))
+            .await
+            .is_ok_and(|answer| answer.is_ok())
             && tokio::time::timeout(Duration::from_secs(3), self.control.closed()).await.is_ok()
         {
             return Ok(());
@@ -321,7 +322,10 @@ fn socket_path(dir: &MachineDir, name: &str) -> std::io::Result<(PathBuf, Option
         let open = std::fs::File::open(dir.path())?;
         return Ok((format!("/proc/self/fd/{}/{name}", open.as_raw_fd()).into(), Some(open)));
     }
-    let why = format!("{} is longer than the {LONGEST} bytes that a socket's path may have: choose a shorter home", path.display());
+    let why = format!(
+        "{} is longer than the {LONGEST} bytes that a socket's path may have: choose a shorter home",
+        path.display()
+    );
     Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, why))
 }
 

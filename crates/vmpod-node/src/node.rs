@@ -189,6 +189,7 @@ impl Node {
             machines: options.machines,
             accel: options.accel,
             defaults: options.defaults,
+            guest_login: options.guest_login,
             registries: options.registries,
             records,
             faults,

@@ -36,6 +36,8 @@ pub struct Options {
     pub capacity: Capacity,
     /// What a machine gets when its pod and its image say nothing.
     pub defaults: MachineDefaults,
+    /// The way into guests whose image reads no seed and names no password: the user, if it isn't the image's, and what proves it.
+    pub guest_login: Option<(Option<String>, vmpod_machine::Auth)>,
     /// How registries are reached.
     pub registries: Registries,
     /// How many images are kept.

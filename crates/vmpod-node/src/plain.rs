@@ -80,6 +80,7 @@ pub async fn plain_machine(
         key: (key.path, key.public),
         user_data: wanted.user_data,
         login: None,
+        usual_login: None,
         accel: wanted.accel,
         host: Arch::host(),
         low_ports: false,

@@ -204,4 +204,26 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         assert!(!format!("{config:?}").contains("hunter2"));
     }
+
+    #[test]
+    fn a_login_is_read_from_secrets_of_kubernetes_types() {
+        let pod: Pod = serde_json::from_value(serde_json::json!({"metadata": {"name": "p"}})).unwrap();
+        let login = |data: serde_json::Value| {
+            let secret: Secret = serde_json::from_value(serde_json::json!({"stringData": {}, "data": data})).unwrap();
+            let fetched = Fetched { secrets: [("s".to_owned(), secret)].into(), ..Fetched::default() };
+            secret_login(&pod, "s", &fetched)
+        };
+        // "admin", "pw", "key".
+        let basic = login(serde_json::json!({"username": "YWRtaW4=", "password": "cHc="})).unwrap();
+        assert_eq!(basic.user.as_deref(), Some("admin"));
+        assert!(matches!(basic.proof, Proof::Password(password) if password == "pw"));
+        let key = login(serde_json::json!({"ssh-privatekey": "a2V5"})).unwrap();
+        assert_eq!(key.user, None);
+        assert!(matches!(key.proof, Proof::Key(pem) if pem == "key"));
+        assert!(
+            matches!(login(serde_json::json!({"username": "YQ=="})), Err(ConfigError::MissingKey { key, .. }) if key == "password")
+        );
+        let nothing = Fetched::default();
+        assert!(matches!(secret_login(&pod, "s", &nothing), Err(ConfigError::Missing { .. })));
+    }
 }

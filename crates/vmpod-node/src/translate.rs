@@ -9,8 +9,8 @@ use vmpod_image::{
     SeedKind,
 };
 use vmpod_machine::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, Mac, MacAddr, MachineId, Memory,
-    Network, Protocol, Secret, Seed, Spec,
+    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, Mac, MacAddr, MachineId,
+    Memory, Network, Protocol, Secret, Seed, Spec,
 };
 
 use crate::{
@@ -38,7 +38,7 @@ pub(crate) enum TranslateError {
     )]
     NoMac { image: String },
     #[error(
-        "image {image} reads no first-boot seed and names no password, so there is no way into its guest: name a Secret with one in the annotation {}",
+        "image {image} reads no first-boot seed and names no password, so there is no way into its guest: name a Secret with one in the annotation {}, or give the node one (--guest-user)",
         annotations::GUEST_LOGIN_SECRET
     )]
     NoAccess { image: String },
@@ -95,6 +95,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) user_data: Option<String>,
     /// How to log in, when that isn't as the image says: the user if it is another, and what proves it.
     pub(crate) login: Option<(Option<String>, Auth)>,
+    /// How to log in when the image says nothing of it.
+    pub(crate) usual_login: Option<(Option<String>, Auth)>,
     pub(crate) accel: Accel,
     /// The host's architecture.
     pub(crate) host: Option<Arch>,
@@ -124,7 +126,10 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         (Some((user, auth)), _) => (user.unwrap_or_else(|| guest.user.clone()), auth),
         (None, _) if seeded => (guest.user.clone(), Auth::Key(parts.key.0)),
         (None, Some(password)) => (guest.user.clone(), Auth::Password(Secret::new(password.clone()))),
-        (None, None) => return Err(TranslateError::NoAccess { image: parts.image.to_owned() }),
+        (None, None) => match parts.usual_login {
+            Some((user, auth)) => (user.unwrap_or_else(|| guest.user.clone()), auth),
+            None => return Err(TranslateError::NoAccess { image: parts.image.to_owned() }),
+        },
     };
     let arch = match config.architecture {
         Architecture::Amd64 => Arch::Amd64,
@@ -180,12 +185,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
             })
             .collect(),
         networks: network,
-        access: Access {
-            user,
-            auth,
-            ready_marker: guest.ready_marker.clone(),
-            port: guest.ssh_port,
-        },
+        access: Access { user, auth, ready_marker: guest.ready_marker.clone(), port: guest.ssh_port },
         // Another architecture's instructions can only be emulated.
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
         snapshot: None,
@@ -268,18 +268,23 @@ mod tests {
     }
 
     fn spec(guest: GuestConfig, low_ports: bool) -> Result<Spec, TranslateError> {
-        let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "web"}})).unwrap();
+        made(config(guest), json!({}), |parts| parts.low_ports = low_ports)
+    }
+
+    /// The machine of an image and a pod with these annotations, made from otherwise usual parts.
+    fn made(config: Config, annotations: Value, change: impl FnOnce(&mut Parts<'_>)) -> Result<Spec, TranslateError> {
+        let pod: Pod =
+            serde_json::from_value(json!({"metadata": {"name": "web", "annotations": annotations}})).unwrap();
         let uid = PodUid::parse(UID).unwrap();
         let container = container(json!({"limits": {"cpu": "2500m", "memory": "1Gi"}}));
-        let config = config(guest);
         let clone = ClonedImage {
             digest: format!("sha256:{}", "0".repeat(64)).parse().unwrap(),
             config: config.clone(),
             boot: ClonedBoot::Firmware(ImageFirmware::Uefi),
             disks: vec![ClonedDisk { path: "/m/disk0".into(), format: ImageDiskFormat::Qcow2, size: 1 << 30 }],
-            nvram: None,
+            nvram: config.macos.is_some().then(|| "/m/nvram".into()),
         };
-        machine(Parts {
+        let mut parts = Parts {
             id: uid.machine(0),
             uid: &uid,
             pod: &pod,
@@ -291,10 +296,68 @@ mod tests {
             key: ("/m/key".into(), "ssh-ed25519 AAAA".to_owned()),
             user_data: Some("#!/bin/sh\n".to_owned()),
             login: None,
+            usual_login: None,
             accel: Accel::Kvm,
             host: Some(Arch::Amd64),
-            low_ports,
-        })
+            low_ports: false,
+        };
+        change(&mut parts);
+        machine(parts)
+    }
+
+    /// As macOS-vz-kubelet's images are: a Mac that tells no password.
+    fn mac() -> Config {
+        let guest = GuestConfig { seed: SeedKind::None, ..GuestConfig::default() };
+        let identity =
+            vmpod_image::MacIdentity { hardware_model: "bQ==".to_owned(), machine_identifier: "aQ==".to_owned() };
+        Config { os: Os::Darwin, macos: Some(identity), ..config(guest) }
+    }
+
+    fn on_apple(parts: &mut Parts<'_>) {
+        parts.place = network::Place::Vmnet(None);
+        parts.usual_login = Some((Some("ci".to_owned()), Auth::Password(Secret::new("usual"))));
+    }
+
+    #[test]
+    fn a_mac_has_its_images_hardware_and_a_copy_of_its_storage() {
+        let spec = made(mac(), json!({}), on_apple).unwrap();
+        let mac_ = spec.mac.unwrap();
+        assert_eq!((mac_.hardware_model.as_str(), mac_.machine_identifier.as_deref()), ("bQ==", Some("aQ==")));
+        assert_eq!(mac_.auxiliary_storage, PathBuf::from("/m/nvram"));
+        assert_eq!(spec.os, GuestOs::Macos);
+        assert!(matches!(&spec.networks[..], [Network::Vmnet { bridged: None, .. }]));
+        let own = made(mac(), json!({"vmpod.dev/mac-identifier": "new"}), on_apple).unwrap();
+        assert_eq!(own.mac.unwrap().machine_identifier, None, "it gets one of its own");
+    }
+
+    #[test]
+    fn what_only_one_hypervisor_runs_is_refused_by_the_other() {
+        assert!(matches!(made(mac(), json!({}), |_| {}), Err(TranslateError::Os { os: Os::Darwin, .. })));
+        let windows = Config { os: Os::Windows, ..config(GuestConfig::default()) };
+        assert!(matches!(made(windows, json!({}), on_apple), Err(TranslateError::Os { os: Os::Windows, .. })));
+        let nameless = Config { macos: None, ..mac() };
+        assert!(matches!(made(nameless, json!({}), on_apple), Err(TranslateError::NoMac { .. })));
+    }
+
+    #[test]
+    fn the_pods_login_comes_before_the_images_and_the_nodes_is_the_last() {
+        let entered = |config: Config, login: Option<(Option<String>, Auth)>| {
+            let access = made(config, json!({}), |parts| {
+                on_apple(parts);
+                parts.login = login;
+            })
+            .unwrap()
+            .access;
+            (access.user, access.auth)
+        };
+        let password = |text: &str| Auth::Password(Secret::new(text));
+        assert_eq!(entered(mac(), None), ("ci".to_owned(), password("usual")));
+        let mut told = mac();
+        told.guest.password = Some("admin".to_owned());
+        told.guest.user = "admin".to_owned();
+        assert_eq!(entered(told.clone(), None), ("admin".to_owned(), password("admin")));
+        let key = Auth::Key("/m/login_key".into());
+        assert_eq!(entered(told, Some((None, key.clone()))), ("admin".to_owned(), key));
     }
 
     #[test]

@@ -41,6 +41,8 @@ pub(crate) struct World {
     pub(crate) scope: String,
     pub(crate) accel: Accel,
     pub(crate) defaults: MachineDefaults,
+    /// The way into guests whose image tells none.
+    pub(crate) guest_login: Option<(Option<String>, vmpod_machine::Auth)>,
     pub(crate) registries: Registries,
     pub(crate) records: Records,
     pub(crate) events: Events,

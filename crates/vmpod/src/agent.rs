@@ -1,6 +1,7 @@
 //! The node agent's parts, put together the same way for `up`, `node` and `run`.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
@@ -8,7 +9,7 @@ use vmpod_image::{Credentials, Store};
 use vmpod_machine::kvm::{self, Kvm};
 use vmpod_machine::qemu::Qemu;
 use vmpod_machine::vz::{self, Vz};
-use vmpod_machine::{Machines, Memory};
+use vmpod_machine::{Auth, Machines, Memory, Secret};
 use vmpod_node::{Capacity, Kubelet, MachineDefaults, Options, Registries};
 
 use crate::args::{self, Accel, Kind, NodeMachines};
@@ -42,6 +43,7 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
         address,
         capacity: capacity(home, args)?,
         defaults: MachineDefaults::default(),
+        guest_login: guest_login(&args.guest_login)?,
         registries: Registries {
             credentials: Credentials::from_environment(|name| std::env::var_os(name)),
             plain_http: args.plain_http.clone(),
@@ -77,7 +79,8 @@ pub(crate) fn machines(home: &Home, hypervisor: Hypervisor) -> Result<Machines> 
         Hypervisor::Qemu(qemu) => Arc::new(qemu),
         Hypervisor::Vz(vz) => Arc::new(vz),
     };
-    Machines::open(home.machines(), hypervisor).with_context(|| format!("can't open the machines in {}", home.machines().display()))
+    Machines::open(home.machines(), hypervisor)
+        .with_context(|| format!("can't open the machines in {}", home.machines().display()))
 }
 
 /// What runs this host's machines.
@@ -130,6 +133,27 @@ pub(crate) async fn accel(home: &Home, hypervisor: &Hypervisor, asked: Option<Ac
             vmpod_machine::Accel::Tcg
         }
     }
+}
+
+/// The way into guests whose image tells none, when the node has one.
+fn guest_login(args: &args::GuestLogin) -> Result<Option<(Option<String>, Auth)>> {
+    let read = |path: &Path| {
+        let text = std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?;
+        Ok::<_, anyhow::Error>(text.trim_end_matches(['\r', '\n']).to_owned())
+    };
+    let auth = match (&args.guest_password_file, &args.guest_key_file) {
+        (Some(path), _) => Auth::Password(Secret::new(read(path)?)),
+        (None, Some(path)) => Auth::Key(std::path::absolute(path)?),
+        (None, None) if args.guest_user.is_some() => {
+            return Err(Remedy::new(
+                "a user of guests without a password or key opens no guest",
+                "name a file with one: --guest-password-file or --guest-key-file",
+            )
+            .into());
+        }
+        (None, None) => return Ok(None),
+    };
+    Ok(Some((args.guest_user.clone(), auth)))
 }
 
 /// What this host offers.

@@ -5,9 +5,11 @@
 
 mod api;
 mod gitlab_executor;
+mod guest_login;
 mod hypervisor;
 mod network;
 mod node;
+mod service;
 pub(crate) mod values;
 
 use std::net::IpAddr;
@@ -18,9 +20,11 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) use api::{Api, ApiCommand, Token, TokenCommand, TokenCreate};
 pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
+pub(crate) use guest_login::GuestLogin;
 pub(crate) use hypervisor::{Hypervisor, Kind, MachineVz};
 pub(crate) use network::Network;
 pub(crate) use node::{DockerHost, Node, NodeObject};
+pub(crate) use service::{Manager, Part, Service, ServiceCommand, ServiceInstall, ServiceUninstall};
 pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
 
 const STYLES: Styles = Styles::styled()
@@ -95,6 +99,7 @@ pub(crate) enum Command {
     Api(Api),
     Token(Token),
     GitlabExecutor(GitlabExecutor),
+    Service(Service),
     #[command(hide = true)]
     MachineVz(MachineVz),
     Doctor(Doctor),
@@ -223,6 +228,8 @@ pub(crate) struct NodeMachines {
     pub(crate) accel: Option<Accel>,
     #[command(flatten)]
     pub(crate) hypervisor: Hypervisor,
+    #[command(flatten)]
+    pub(crate) guest_login: GuestLogin,
     /// A registry that may be spoken to without TLS, HOST or HOST:PORT (repeatable; loopback always may)
     #[arg(long, value_name = "HOST")]
     pub(crate) plain_http: Vec<String>,
@@ -269,7 +276,6 @@ pub(crate) enum Accel {
     Tcg,
 }
 
-
 /// Run a command in a throwaway machine.
 ///
 /// Boots IMAGE, runs CMD in it as its main process, prints its output and ends with its exit code;
@@ -307,6 +313,8 @@ pub(crate) struct Run {
     pub(crate) env: Vec<KeyValue>,
     #[command(flatten)]
     pub(crate) hypervisor: Hypervisor,
+    #[command(flatten)]
+    pub(crate) guest_login: GuestLogin,
     /// Cloud-init user data for the guest, from a file
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(crate) user_data: Option<PathBuf>,

@@ -33,12 +33,11 @@ pub(crate) fn main(dir: std::path::PathBuf) -> ! {
             }
         }
     };
-    #[expect(clippy::exit, reason = "the main thread belongs to the framework, and never returns")]
     std::thread::spawn(move || std::process::exit(i32::from(work())));
     apple::main_loop()
 }
 
 /// Elsewhere there is no such framework.
-pub(crate) async fn run(args: MachineVz) -> Result<Exit> {
+pub(crate) fn run(args: &MachineVz) -> Result<Exit> {
     anyhow::bail!("{}: Apple's Virtualization framework is on Macs only", args.dir.display())
 }

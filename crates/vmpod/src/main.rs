@@ -23,6 +23,7 @@ mod pods;
 mod ports;
 mod report;
 mod run;
+mod service;
 mod stack;
 mod terminal;
 mod token;
@@ -101,7 +102,8 @@ async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Api(args) => archive::run(&home()?, args.command).await,
         Command::Token(args) => token::run(&home()?, args.command).await,
         Command::GitlabExecutor(args) => gitlab_executor::run(home, args).await,
-        Command::MachineVz(args) => machine_vz::run(args).await,
+        Command::Service(args) => service::run(home()?, args).await,
+        Command::MachineVz(args) => machine_vz::run(&args),
         Command::Completions(args) => {
             let mut script = Vec::new();
             clap_complete::generate(args.shell, &mut Cli::command(), "vmpod", &mut script);

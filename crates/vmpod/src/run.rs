@@ -73,6 +73,7 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         shutdown_grace: GRACE,
         accel: None,
         hypervisor: args.hypervisor.clone(),
+        guest_login: args.guest_login.clone(),
         plain_http: Vec::new(),
         registry_ca: Vec::new(),
         sources: args::Sources::default(),

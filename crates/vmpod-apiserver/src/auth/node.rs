@@ -283,7 +283,7 @@ mod tests {
             },
         });
         let names = |resource| references(&pod, resource).into_iter().collect::<Vec<_>>();
-        assert_eq!(names("secrets"), ["s1", "s2", "s3", "s4", "s5"]);
+        assert_eq!(names("secrets"), ["s1", "s2", "s3", "s4", "s5", "s6"]);
         assert_eq!(names("configmaps"), ["c1", "c2"]);
         assert_eq!(names("serviceaccounts"), ["sa"]);
     }

@@ -14,7 +14,7 @@ use vmpod_api::runner::{Phase, Runner, RunnerStatus};
 
 use super::{AT_ONCE, Expected, GHOST, Kept, MANAGER, Operator, Part, gone, label, machine_id, made, namespace};
 use crate::provider::{Machine, Seen as Job};
-use crate::{life, objects};
+use crate::{life, objects, user_data};
 
 /// Whether somebody has asked a runner to go.
 fn is_leaving(runner: &Runner) -> bool {
@@ -93,7 +93,9 @@ impl Operator {
         for (runner, _) in bare {
             let (name, id) = (runner.name_any(), machine_id(provider.as_ref(), runner));
             let machine = Machine { id: &id, name: &name, jobs: pool.spec.jobs_per_runner };
-            let data = provider.user_data(keep, pool.spec.user_data.as_deref(), machine);
+            let by_command = objects::by_command(&pool.spec);
+            let template = pool.spec.user_data.as_deref().or_else(|| by_command.then_some(user_data::SCRIPT));
+            let data = provider.user_data(keep, template, machine);
             let (secrets, pods, runners) = (&secrets, &pods, &runners);
             let fresh = kept.fresh.contains(&name);
             effects.push(Box::pin(async move {

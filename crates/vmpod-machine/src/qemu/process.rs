@@ -11,9 +11,9 @@ use tokio::process::Child;
 use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::LOG;
 use super::args::disk_node;
 use super::qmp::Qmp;
-use super::LOG;
 use crate::directory::MachineDir;
 use crate::hypervisor::{DiskStats, HypervisorError, Process, Stats};
 use crate::lifecycle::{Exit, ExitCause};

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 
-use crate::pid::cpu_used;
 use super::qmp::{Qmp, connect};
 use crate::directory::{self, MachineDir};
 use crate::hypervisor::HypervisorError;
+use crate::pid::cpu_used;
 use crate::renewal::{self, DONE, ENTROPY, SOCKET, Said};
 use crate::spec::Spec;
 use crate::template::STATE;

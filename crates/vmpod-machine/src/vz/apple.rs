@@ -20,7 +20,19 @@ use objc2::rc::Retained;
 use objc2::runtime::{NSObject, NSObjectProtocol, ProtocolObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
 use objc2_foundation::{NSArray, NSData, NSError, NSString, NSURL};
-use objc2_virtualization::*;
+use objc2_virtualization::{
+    VZBridgedNetworkDeviceAttachment, VZBridgedNetworkInterface, VZDiskImageCachingMode,
+    VZDiskImageStorageDeviceAttachment, VZDiskImageSynchronizationMode, VZEFIBootLoader, VZEFIVariableStore,
+    VZEFIVariableStoreInitializationOptions, VZErrorCode, VZErrorDomain, VZFileSerialPortAttachment,
+    VZGenericPlatformConfiguration, VZLinuxBootLoader, VZMACAddress, VZMacAuxiliaryStorage,
+    VZMacGraphicsDeviceConfiguration, VZMacGraphicsDisplayConfiguration, VZMacHardwareModel, VZMacMachineIdentifier,
+    VZMacOSBootLoader, VZMacPlatformConfiguration, VZNATNetworkDeviceAttachment, VZNetworkDevice,
+    VZNetworkDeviceConfiguration, VZSerialPortConfiguration, VZStorageDeviceConfiguration, VZUSBKeyboardConfiguration,
+    VZUSBScreenCoordinatePointingDeviceConfiguration, VZVirtioBlockDeviceConfiguration,
+    VZVirtioConsoleDeviceSerialPortConfiguration, VZVirtioEntropyDeviceConfiguration,
+    VZVirtioNetworkDeviceConfiguration, VZVirtioTraditionalMemoryBalloonDeviceConfiguration, VZVirtualMachine,
+    VZVirtualMachineConfiguration, VZVirtualMachineDelegate,
+};
 use tokio::sync::{oneshot, watch};
 
 use super::config::{Configuration, Disk, Display, Interface, Platform};
@@ -43,7 +55,12 @@ pub fn is_supported() -> bool {
 #[must_use]
 pub fn bridged_interfaces() -> Vec<String> {
     // SAFETY: a class method without arguments or conditions; the interfaces that it gives are immutable.
-    unsafe { VZBridgedNetworkInterface::networkInterfaces().iter().map(|interface| interface.identifier().to_string()).collect() }
+    unsafe {
+        VZBridgedNetworkInterface::networkInterfaces()
+            .iter()
+            .map(|interface| interface.identifier().to_string())
+            .collect()
+    }
 }
 
 /// Apple's framework, with one guest.
@@ -105,7 +122,7 @@ fn words(error: &NSError) -> String {
             text = format!("{} {reason}", text.trim_end());
         }
     }
-    for cause in error.underlyingErrors().iter() {
+    for cause in &error.underlyingErrors() {
         text = format!("{text} ({} {}: {})", cause.domain(), cause.code(), cause.localizedDescription());
     }
     format!("{text} [{} {}]", error.domain(), error.code())
@@ -300,8 +317,11 @@ unsafe fn platform(made: &VZVirtualMachineConfiguration, from: &Platform) -> Res
             // SAFETY: as the caller.
             unsafe {
                 let platform = VZMacPlatformConfiguration::new();
-                let model = VZMacHardwareModel::initWithDataRepresentation(VZMacHardwareModel::alloc(), &*data(hardware_model)?)
-                    .ok_or_else(|| EngineError::Failed("the image's hardware model isn't one".to_owned()))?;
+                let model = VZMacHardwareModel::initWithDataRepresentation(
+                    VZMacHardwareModel::alloc(),
+                    &*data(hardware_model)?,
+                )
+                .ok_or_else(|| EngineError::Failed("the image's hardware model isn't one".to_owned()))?;
                 if !model.isSupported() {
                     let why = "the image's hardware model isn't supported by this Mac and its macOS: the image is of a newer macOS";
                     return Err(EngineError::Failed(why.to_owned()));
@@ -316,7 +336,8 @@ unsafe fn platform(made: &VZVirtualMachineConfiguration, from: &Platform) -> Res
                     }
                 };
                 platform.setMachineIdentifier(&identifier);
-                let storage = VZMacAuxiliaryStorage::initWithURL(VZMacAuxiliaryStorage::alloc(), &*url(auxiliary_storage)?);
+                let storage =
+                    VZMacAuxiliaryStorage::initWithURL(VZMacAuxiliaryStorage::alloc(), &*url(auxiliary_storage)?);
                 platform.setAuxiliaryStorage(Some(&storage));
                 made.setPlatform(&platform);
                 made.setBootLoader(Some(&VZMacOSBootLoader::new()));
@@ -364,7 +385,7 @@ unsafe fn platform(made: &VZVirtualMachineConfiguration, from: &Platform) -> Res
 ///
 /// As [`build`].
 unsafe fn screen(made: &VZVirtualMachineConfiguration, display: Display) {
-    let size = |pixels: u32| pixels as isize;
+    let size = |pixels: u32| isize::try_from(pixels).unwrap_or(isize::MAX);
     // SAFETY: as the caller.
     unsafe {
         let screen = VZMacGraphicsDisplayConfiguration::initWithWidthInPixels_heightInPixels_pixelsPerInch(
@@ -394,7 +415,10 @@ fn storage(disk: &Disk) -> Result<Retained<VZStorageDeviceConfiguration>, Engine
                 VZDiskImageSynchronizationMode::None,
             )
             .map_err(|error| failed(&error))?;
-        let device = VZVirtioBlockDeviceConfiguration::initWithAttachment(VZVirtioBlockDeviceConfiguration::alloc(), &attachment);
+        let device = VZVirtioBlockDeviceConfiguration::initWithAttachment(
+            VZVirtioBlockDeviceConfiguration::alloc(),
+            &attachment,
+        );
         Ok(Retained::into_super(device))
     }
 }
@@ -435,9 +459,12 @@ fn no_interface(name: &str, all: &[String]) -> EngineError {
 fn console(path: &Path) -> Result<Retained<VZSerialPortConfiguration>, EngineError> {
     // SAFETY: objects that are made here and used by this thread alone.
     unsafe {
-        let attachment =
-            VZFileSerialPortAttachment::initWithURL_append_error(VZFileSerialPortAttachment::alloc(), &*url(path)?, true)
-                .map_err(|error| failed(&error))?;
+        let attachment = VZFileSerialPortAttachment::initWithURL_append_error(
+            VZFileSerialPortAttachment::alloc(),
+            &*url(path)?,
+            true,
+        )
+        .map_err(|error| failed(&error))?;
         let port = VZVirtioConsoleDeviceSerialPortConfiguration::new();
         port.setAttachment(Some(&attachment));
         Ok(Retained::into_super(port))

@@ -99,7 +99,9 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
         return refuse("Apple's Virtualization framework runs guests of the host's own architecture only".to_owned());
     }
     if spec.snapshot.is_some() {
-        return refuse("Apple's Virtualization framework has no memory snapshots that several machines share".to_owned());
+        return refuse(
+            "Apple's Virtualization framework has no memory snapshots that several machines share".to_owned(),
+        );
     }
     let platform = match (spec.os, &spec.boot, &spec.mac) {
         (GuestOs::Macos, _, Some(mac)) => Platform::Mac {
@@ -124,7 +126,10 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
     let mut disks = Vec::new();
     for disk in &spec.disks {
         if disk.format != DiskFormat::Raw {
-            return refuse(format!("Apple's Virtualization framework reads raw disks only, and {} isn't", disk.path.display()));
+            return refuse(format!(
+                "Apple's Virtualization framework reads raw disks only, and {} isn't",
+                disk.path.display()
+            ));
         }
         disks.push(Disk { path: disk.path.clone(), read_only: false });
     }
@@ -136,7 +141,9 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
         match network {
             Network::Vmnet { bridged, mac, .. } => networks.push(Interface { bridged: bridged.clone(), mac: *mac }),
             Network::User { .. } | Network::Tap { .. } => {
-                return refuse("a machine of Apple's Virtualization framework is on one of Apple's networks".to_owned());
+                return refuse(
+                    "a machine of Apple's Virtualization framework is on one of Apple's networks".to_owned(),
+                );
             }
         }
     }
@@ -155,7 +162,7 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
 pub(crate) mod tests {
     use super::*;
     use crate::spec::tests::spec;
-    use crate::spec::{Auth, Disk as SpecDisk, Mac, Seed, Secret, Snapshot};
+    use crate::spec::{Auth, Disk as SpecDisk, Mac, Secret, Seed, Snapshot};
     use crate::{Cpus, Memory};
 
     /// A machine of a macOS image.

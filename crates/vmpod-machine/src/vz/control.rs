@@ -68,8 +68,8 @@ impl Control {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = oneshot::channel();
         lock(&self.pending).as_mut().ok_or_else(closed)?.insert(id, sender);
-        let bytes = line(&Request { id, command })
-            .map_err(|error| HypervisorError::Unresponsive { why: error.to_string() })?;
+        let bytes =
+            line(&Request { id, command }).map_err(|error| HypervisorError::Unresponsive { why: error.to_string() })?;
         let exchange = async {
             self.writer.lock().await.write_all(&bytes).await.map_err(|_| closed())?;
             answer.await.map_err(|_| closed())

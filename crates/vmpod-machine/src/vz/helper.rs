@@ -84,7 +84,9 @@ pub enum HelperError {
         why: String,
     },
     /// Somebody called this who isn't a node agent.
-    #[error("this is started by the node agent, with the machine's lock as its standard input; to run a machine, use `vmpod run` or `vmpod up`")]
+    #[error(
+        "this is started by the node agent, with the machine's lock as its standard input; to run a machine, use `vmpod run` or `vmpod up`"
+    )]
     NotOurs,
     /// As many guests run as may.
     #[error("{0}")]
@@ -101,7 +103,7 @@ impl HelperError {
     /// The exit code by which the agent knows the kind of error.
     #[must_use]
     pub fn code(&self) -> u8 {
-        if matches!(self, Self::Busy(_)) { BUSY as u8 } else { 1 }
+        if matches!(self, Self::Busy(_)) { BUSY } else { 1 }
     }
 }
 

@@ -12,7 +12,7 @@ pub(super) const SOCKET: &str = "vz.sock";
 /// How the machine ended, written by its helper as the last thing.
 pub(super) const ENDED: &str = "ended.json";
 /// The exit code of a helper that was refused because too many guests run.
-pub(super) const BUSY: i32 = 75;
+pub(super) const BUSY: u8 = 75;
 
 /// Something that a helper is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +79,8 @@ mod tests {
     #[test]
     fn the_words_stay_what_they_are() {
         let all = [Command::Describe, Command::PowerDown, Command::Stop, Command::Pause, Command::Resume];
-        let lines: Vec<_> = all.into_iter().enumerate().map(|(id, command)| Request { id: id as u64, command }).collect();
+        let lines: Vec<_> =
+            all.into_iter().enumerate().map(|(id, command)| Request { id: id as u64, command }).collect();
         let text: Vec<_> = lines.iter().map(|request| serde_json::to_string(request).unwrap()).collect();
         insta::assert_snapshot!(text.join("\n"), @r#"
         {"id":0,"do":"describe"}

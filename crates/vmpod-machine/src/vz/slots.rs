@@ -13,12 +13,10 @@ use rustix::fs::FlockOperation;
 /// macOS guests of a host (macOS's software licence agreement, section 2.B.iii).
 pub const MOST: usize = 2;
 
-/// The slots, in the directory of all machines. No machine can be called so.
-const DIRECTORY: &str = ".macos-slots";
-
 /// Takes a slot; none when all are taken. It is held for as long as the file is open, in this process or one that has it too.
 pub(super) fn take(machines: &Path) -> io::Result<Option<File>> {
-    let dir = machines.join(DIRECTORY);
+    // Beside the directory of all machines, which holds nothing else.
+    let dir = machines.with_extension("slots");
     DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
     for number in 0..MOST {
         let path = dir.join(number.to_string());
@@ -34,25 +32,20 @@ pub(super) fn take(machines: &Path) -> io::Result<Option<File>> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
     #[test]
     fn there_are_two_and_who_is_gone_has_none() {
         let dir = tempfile::tempdir().unwrap();
-        let first = take(dir.path()).unwrap();
-        let second = take(dir.path()).unwrap();
+        let machines = dir.path().join("machines");
+        let take = || super::take(&machines);
+        let first = take().unwrap();
+        let second = take().unwrap();
         assert!(first.is_some() && second.is_some());
-        assert!(take(dir.path()).unwrap().is_none());
+        assert!(take().unwrap().is_none());
         // Still held by a copy, as a process keeps it that got it from another.
         let copy = first.as_ref().unwrap().try_clone().unwrap();
         drop(first);
-        assert!(take(dir.path()).unwrap().is_none());
+        assert!(take().unwrap().is_none());
         drop(copy);
-        assert!(take(dir.path()).unwrap().is_some());
-    }
-
-    #[test]
-    fn they_are_no_machine() {
-        assert!(crate::MachineId::parse(DIRECTORY).is_err());
+        assert!(take().unwrap().is_some());
     }
 }

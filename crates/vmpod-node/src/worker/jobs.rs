@@ -153,6 +153,7 @@ impl Worker {
                 key: (key.path, key.public),
                 user_data,
                 login,
+                usual_login: world.guest_login.clone(),
                 accel: world.accel,
                 host: Arch::host(),
                 low_ports: world.low_ports,

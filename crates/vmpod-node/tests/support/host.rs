@@ -111,6 +111,7 @@ impl Host {
             kubelet: None,
             address: IpAddr::from([10, 0, 0, 1]),
             capacity: Capacity::of_host(8, Memory::from_mib(16 << 10), 100 << 30),
+            guest_login: None,
             defaults: MachineDefaults { cpus: 1, memory: Memory::from_mib(256) },
             registries: Registries::default(),
             image_gc: vmpod_node::ImageGc::default(),

@@ -55,9 +55,10 @@ fn leases(path: &Path) -> Check {
     match std::fs::File::open(path) {
         Ok(_) => Check::ok("leases", format!("guests' addresses are read from {}", path.display())),
         // It appears with the first guest.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            Check::ok("leases", format!("guests' addresses will be read from {}, which isn't there yet", path.display()))
-        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Check::ok(
+            "leases",
+            format!("guests' addresses will be read from {}, which isn't there yet", path.display()),
+        ),
         Err(error) => Check::broken(
             "leases",
             format!("{} can't be read: {error}", path.display()),
