@@ -219,7 +219,7 @@ async fn guests_that_read_no_seed_are_told_by_their_command() -> Result<()> {
     ensure!(!found.to_string().contains(RUNNER_TOKEN), "the token is in the pod: {found}");
     eventually_within(Duration::from_mins(2), "the job is done and nothing is left", || async {
         ensure!(queue.with(|state| state.done.len()) == 1, "the job isn't done");
-        let left = up.kubectl_ok(&["get", "runners,pods,secrets", "-l", "vmpod.dev/pool=plain", "-o", "name"]).await?;
+        let left = up.kubectl_ok(&["get", "runners,pods,secrets", "-l", "vmpod.dev/runner", "-o", "name"]).await?;
         ensure!(left.trim().is_empty(), "{left}");
         Ok(())
     })

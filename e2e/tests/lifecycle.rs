@@ -198,6 +198,82 @@ async fn a_host_joins_with_a_bootstrap_token() -> Result<()> {
     up.stop().await
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_nodes_certificates_are_renewed_while_it_works() -> Result<()> {
+    let first = Home::new("api")?;
+    let up = first.up(&["--name", "first"]).await?;
+    let second = Home::with_tiny("renewed").await?;
+    let (bootstrap, own) = (second.path().join("bootstrap"), second.path().join("own"));
+    std::fs::write(&bootstrap, first.vmpod(&["token", "create", "--kubeconfig"]).await?.ok()?)?;
+    let mut node = second.command()?;
+    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--renew-certificates", "5s"]);
+    node.arg("--request-serving-certificate")
+        .arg("--bootstrap-kubeconfig")
+        .arg(&bootstrap)
+        .arg("--kubeconfig")
+        .arg(&own);
+    let log = second.path().with_extension("log");
+    let mut node = node.kill_on_drop(true).stderr(std::fs::File::create(&log)?).spawn()?;
+    let work = async {
+        eventually("the node is ready", || async {
+            up.kubectl_ok(&["wait", "node/second", "--for=condition=Ready", "--timeout=20s"]).await.map(drop)
+        })
+        .await?;
+        let identity = std::fs::read_to_string(&own)?;
+        let mut pod = pods::tiny("there", &[]);
+        pod["spec"]["nodeName"] = "second".into();
+        up.apply(&pod).await?;
+        up.wait_ready("there").await?;
+
+        // The kubelet API shows what the cluster signed, once somebody approves it; what it showed before it had made itself.
+        let shown =
+            ["get", "node", "second", "-o", "jsonpath={.metadata.annotations.vmpod\\.dev/kubelet-certificate-sha256}"];
+        let before = up.kubectl_ok(&shown).await?;
+        let certificate = second.path().join("node/pki/cluster.crt");
+        eventually("the cluster signs the kubelet API's certificate", || async {
+            let list = up.kubectl_ok(&["get", "csr", "-o", "json"]).await?;
+            let list: serde_json::Value = serde_json::from_str(&list)?;
+            let all = list["items"].as_array().into_iter().flatten();
+            let mut serving = all.filter(|csr| csr["spec"]["signerName"] == "kubernetes.io/kubelet-serving");
+            let one = serving.next().context("none was asked for")?;
+            ensure!(one["spec"]["username"] == "system:node:second", "{one}");
+            let name = one["metadata"]["name"].as_str().unwrap_or_default();
+            up.kubectl_ok(&["certificate", "approve", name]).await?;
+            ensure!(certificate.exists(), "it isn't signed yet");
+            let now = up.kubectl_ok(&shown).await?;
+            ensure!(now != before, "another is shown");
+            Ok(())
+        })
+        .await?;
+
+        // The identity is another one, kept, and the node's work goes on with it.
+        eventually("the identity is renewed", || async {
+            let now = std::fs::read_to_string(&own)?;
+            ensure!(now != identity && now.contains("system:node:second"), "it is the first one");
+            Ok(())
+        })
+        .await?;
+        let name = up.kubectl_ok(&["exec", "there", "--", "hostname"]).await?;
+        ensure!(name.trim() == "there", "{name:?}");
+        let mut later = pods::tiny("later", &["sh", "-c", "exit 3"]);
+        later["spec"]["nodeName"] = "second".into();
+        up.apply(&later).await?;
+        eventually("a pod of afterwards runs", || async {
+            let phase = up.kubectl_ok(&["get", "pod", "later", "-o", "jsonpath={.status.phase}"]).await?;
+            ensure!(phase == "Failed", "{phase}");
+            Ok(())
+        })
+        .await?;
+        up.kubectl_ok(&["delete", "pod", "there", "later", "--timeout=60s"]).await?;
+        second.assert_clean().await
+    };
+    if let Err(error) = work.await {
+        return Err(error).with_context(|| std::fs::read_to_string(&log).unwrap_or_default());
+    }
+    node.kill().await?;
+    up.stop().await
+}
+
 /// Joins a host as the node `second`, runs a pod on it, and ends it in order.
 async fn second_joins(up: &Up, second: &Home, kubeconfig: &Path, said: &[&str]) -> Result<()> {
     let log = second.path().with_extension("log");

@@ -52,7 +52,7 @@ mod world;
 pub use holders::{holder_scope, release_all};
 pub use image_gc::{ImageGc, ImageRoom};
 pub use network::{InvalidNetwork, NetworkMode};
-pub use node::{Node, NodeError};
+pub use node::{Certificates, Node, NodeError};
 pub use options::{Capacity, Kubelet, MachineDefaults, Options, Registries};
 pub use plain::{PlainMachine, plain_machine};
 pub use record::RecordError;

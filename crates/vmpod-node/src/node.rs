@@ -98,6 +98,25 @@ impl Drop for Node {
     }
 }
 
+/// The certificates of a kubelet API that serves.
+#[derive(Clone)]
+pub struct Certificates(tls::Serving);
+
+impl Certificates {
+    /// Replaces them: new connections see the new ones. What can't be used is refused and changes nothing.
+    pub fn replace(&self, kubelet: &crate::Kubelet) -> Result<(), NodeError> {
+        Ok(self.0.replace(&pem(kubelet))?)
+    }
+}
+
+fn pem(kubelet: &crate::Kubelet) -> tls::Pem {
+    tls::Pem {
+        cert: kubelet.cert_pem.clone(),
+        key: kubelet.key_pem.clone(),
+        client_ca: Some(kubelet.client_ca_pem.clone()).filter(|pem| !pem.is_empty()),
+    }
+}
+
 /// What an earlier agent left, to be matched with the API's first list.
 #[derive(Default)]
 struct Left {
@@ -119,12 +138,7 @@ impl Node {
         let listener = match &options.kubelet {
             None => None,
             Some(kubelet) => {
-                let pem = tls::Pem {
-                    cert: kubelet.cert_pem.clone(),
-                    key: kubelet.key_pem.clone(),
-                    client_ca: Some(kubelet.client_ca_pem.clone()).filter(|pem| !pem.is_empty()),
-                };
-                let serving = tls::Serving::new(&pem)?;
+                let serving = tls::Serving::new(&pem(kubelet))?;
                 let listen = |source| NodeError::Listen { address: kubelet.listen, source };
                 Some((TcpListener::bind(kubelet.listen).await.map_err(listen)?, serving))
             }
@@ -227,6 +241,12 @@ impl Node {
     #[must_use]
     pub fn kubelet_address(&self) -> Option<SocketAddr> {
         self.listener.as_ref()?.0.local_addr().ok()
+    }
+
+    /// The kubelet API's certificates, to be replaced while it serves; none where it isn't served.
+    #[must_use]
+    pub fn certificates(&self) -> Option<Certificates> {
+        Some(Certificates(self.listener.as_ref()?.1.clone()))
     }
 
     /// The way to pods for callers in this process: what the kubelet API serves.

@@ -239,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_host_has_something() {
-        let home = Home::resolve(Some(std::path::Path::new("/no/such/dir"))).unwrap();
+        let home = Home::resolve(Some(Path::new("/no/such/dir"))).unwrap();
         let host = Host::look(&home).unwrap();
         assert!(host.cpus > 0 && host.memory > 0 && host.disk_total > 0, "{host:?}");
         assert!(host.memory_free <= host.memory && host.disk_free <= host.disk_total, "{host:?}");

@@ -1,7 +1,8 @@
 //! A node's own identity, got by a bootstrap token: a certificate request that the API's side approves and signs.
 //!
 //! As kubelets do it (Kubernetes documentation, "TLS bootstrapping"): the signer is
-//! `kubernetes.io/kube-apiserver-client-kubelet`, the subject `O=system:nodes, CN=system:node:NAME`.
+//! `kubernetes.io/kube-apiserver-client-kubelet`, the subject `O=system:nodes, CN=system:node:NAME`. The certificate of the kubelet API is
+//! asked for in the same way, of the signer `kubernetes.io/kubelet-serving`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -19,37 +20,75 @@ use serde_json::json;
 
 use crate::client;
 use crate::home;
+use crate::identity::Life;
 use crate::output::talk;
 use crate::report::Remedy;
 
-const SIGNER: &str = "kubernetes.io/kube-apiserver-client-kubelet";
+/// What a certificate is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The node's own requests.
+    Client,
+    /// The kubelet API, at this address besides the node's name.
+    Serving {
+        /// The address.
+        address: String,
+    },
+}
+
+impl Kind {
+    fn signer(&self) -> &'static str {
+        match self {
+            Self::Client => "kubernetes.io/kube-apiserver-client-kubelet",
+            Self::Serving { .. } => "kubernetes.io/kubelet-serving",
+        }
+    }
+}
+
 /// An approval that comes at once isn't worth a word.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Makes the kubeconfig `into`, unless it is there already. Waits for as long as nobody approves.
+/// Makes the kubeconfig `into`, unless there is one whose certificate is still good. Waits for as long as nobody approves.
 pub(crate) async fn ensure(into: &Path, bootstrap: &Path, name: &str) -> Result<()> {
     if into.exists() {
-        return Ok(());
+        let life = client::certificate(into).and_then(|pem| Life::of(&pem));
+        match life {
+            Ok(life) if life.is_over(jiff::Timestamp::now()) => {
+                talk(&format!("the certificate in {} is over; asking for another", into.display()));
+            }
+            // One without a certificate may have a token, and one that can't be read is told of when it is used.
+            Ok(_) | Err(_) => return Ok(()),
+        }
     }
     let client = client::from_file(bootstrap, None).await?;
-    let key = KeyPair::generate().context("can't make the node's key")?;
-    let requests: Api<CertificateSigningRequest> = Api::all(client);
-    let made = requests
-        .create(&PostParams::default(), &request(name, &key)?)
+    let (certificate, key) = ask(&client, name, &Kind::Client)
         .await
-        .with_context(|| format!("can't ask for a certificate with the token of {}", bootstrap.display()))?;
-    let certificate = signed(&requests, made.metadata.name.as_deref().unwrap_or_default()).await?;
+        .with_context(|| format!("can't get a certificate with the token of {}", bootstrap.display()))?;
     let user = json!({
         "client-certificate-data": BASE64.encode(certificate),
-        "client-key-data": BASE64.encode(key.serialize_pem()),
+        "client-key-data": BASE64.encode(key),
     });
     home::write_private(into, &client::kubeconfig_as(bootstrap, &format!("system:node:{name}"), &user)?)?;
     talk(&format!("the node's identity is system:node:{name}, kept in {}", into.display()));
     Ok(())
 }
 
-fn request(name: &str, key: &KeyPair) -> Result<CertificateSigningRequest> {
-    let mut params = CertificateParams::default();
+/// Asks for a certificate and waits for as long as nobody approves: the certificate chain and its key, PEM.
+pub(crate) async fn ask(client: &kube::Client, name: &str, kind: &Kind) -> Result<(Vec<u8>, String)> {
+    let key = KeyPair::generate().context("can't make a key")?;
+    let requests: Api<CertificateSigningRequest> = Api::all(client.clone());
+    let made = requests.create(&PostParams::default(), &request(name, &key, kind)?).await;
+    let made = made.context("can't ask for a certificate")?;
+    let certificate = signed(&requests, made.metadata.name.as_deref().unwrap_or_default()).await?;
+    Ok((certificate, key.serialize_pem()))
+}
+
+fn request(name: &str, key: &KeyPair, kind: &Kind) -> Result<CertificateSigningRequest> {
+    let names = match kind {
+        Kind::Client => Vec::new(),
+        Kind::Serving { address } => vec![name.to_owned(), address.clone()],
+    };
+    let mut params = CertificateParams::new(names).context("the node's name or address can't be in a certificate")?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::OrganizationName, "system:nodes");
     params.distinguished_name.push(DnType::CommonName, format!("system:node:{name}"));
@@ -59,8 +98,11 @@ fn request(name: &str, key: &KeyPair) -> Result<CertificateSigningRequest> {
         metadata: ObjectMeta { generate_name: Some("node-csr-".to_owned()), ..ObjectMeta::default() },
         spec: CertificateSigningRequestSpec {
             request: ByteString(request.into_bytes()),
-            signer_name: SIGNER.to_owned(),
-            usages: Some(vec!["digital signature".to_owned(), "client auth".to_owned()]),
+            signer_name: kind.signer().to_owned(),
+            usages: Some(vec![
+                "digital signature".to_owned(),
+                if *kind == Kind::Client { "client auth" } else { "server auth" }.to_owned(),
+            ]),
             ..CertificateSigningRequestSpec::default()
         },
         status: None,
@@ -128,8 +170,8 @@ mod tests {
     #[test]
     fn a_request_asks_for_a_nodes_identity() {
         let key = KeyPair::generate().unwrap();
-        let made = request("far", &key).unwrap();
-        assert_eq!(made.spec.signer_name, SIGNER);
+        let made = request("far", &key, &Kind::Client).unwrap();
+        assert_eq!(made.spec.signer_name, "kubernetes.io/kube-apiserver-client-kubelet");
         let pem = String::from_utf8(made.spec.request.0).unwrap();
         let params = rcgen::CertificateSigningRequestParams::from_pem(&pem).unwrap().params;
         let name = params.distinguished_name;
@@ -138,10 +180,22 @@ mod tests {
     }
 
     #[test]
+    fn the_kubelet_apis_certificate_is_for_its_name_and_address() {
+        let key = KeyPair::generate().unwrap();
+        let made = request("far", &key, &Kind::Serving { address: "192.0.2.7".to_owned() }).unwrap();
+        assert_eq!(made.spec.signer_name, "kubernetes.io/kubelet-serving");
+        assert_eq!(made.spec.usages.as_deref(), Some(&["digital signature".to_owned(), "server auth".to_owned()][..]));
+        let pem = String::from_utf8(made.spec.request.0).unwrap();
+        let names = rcgen::CertificateSigningRequestParams::from_pem(&pem).unwrap().params.subject_alt_names;
+        let names = format!("{names:?}");
+        assert!(names.contains("far") && names.contains("192.0.2.7"), "{names}");
+    }
+
+    #[test]
     fn an_answer_is_a_certificate_or_a_reason() {
         let with = |status: serde_json::Value| -> CertificateSigningRequest {
             serde_json::from_value(json!({"metadata": {"name": "r"}, "status": status,
-                "spec": {"request": "", "signerName": SIGNER}}))
+                "spec": {"request": "", "signerName": "s"}}))
             .unwrap()
         };
         assert_eq!(answer(Some(&with(json!({})))), Answer::None);

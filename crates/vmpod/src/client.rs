@@ -61,6 +61,18 @@ pub(crate) async fn config(path: &Path, context: Option<&str>) -> Result<Config>
     Ok(config)
 }
 
+/// The certificate chain (PEM) of a kubeconfig's current user; an error when it has none in itself.
+pub(crate) fn certificate(path: &Path) -> Result<Vec<u8>> {
+    let none = || format!("the kubeconfig {} holds no client certificate", path.display());
+    let file = Kubeconfig::read_from(path).with_context(|| format!("can't read the kubeconfig {}", path.display()))?;
+    let current = file.current_context.as_deref();
+    let context = file.contexts.into_iter().find(|named| Some(named.name.as_str()) == current);
+    let user = context.and_then(|named| named.context?.user);
+    let named = file.auth_infos.into_iter().find(|named| Some(&named.name) == user.as_ref());
+    let data = named.and_then(|named| named.auth_info?.client_certificate_data).with_context(none)?;
+    BASE64.decode(data).with_context(none)
+}
+
 /// A kubeconfig for the cluster of another one's current context, with a user of its own. JSON is YAML.
 pub(crate) fn kubeconfig_as(of: &Path, name: &str, user: &Value) -> Result<String> {
     let unfit = || format!("the kubeconfig {} has no current context with a cluster", of.display());

@@ -12,6 +12,7 @@ mod doctor;
 mod exec;
 mod gitlab_executor;
 mod home;
+mod identity;
 mod image;
 mod interrupts;
 mod logging;

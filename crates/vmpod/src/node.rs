@@ -1,11 +1,12 @@
 //! `vmpod node`: the agent alone, against any Kubernetes API.
 
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
 use sha2::Digest as _;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use vmpod_node::Kubelet;
 
@@ -14,6 +15,7 @@ use crate::args;
 use crate::bootstrap;
 use crate::client;
 use crate::home::{self, Home, Role};
+use crate::identity::{Changing, Identity, Life, Shown};
 use crate::image;
 use crate::interrupts::Interrupts;
 use crate::output::talk;
@@ -38,6 +40,9 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
     let listen = SocketAddr::new(args.address, args.kubelet.kubelet_port);
     let serving = match (&args.tls_cert, &args.tls_key) {
         (Some(cert), Some(key)) => Pair { cert_pem: read(cert)?, key_pem: read(key)? },
+        _ if args.request_serving_certificate && Pair::of_cluster(home).is_some() => {
+            Pair::of_cluster(home).context("the certificate was there an instant ago")?
+        }
         _ => Pair::of_home(home, &name, &args.address.to_string())?,
     };
     let client_ca_pem = match &args.client_ca {
@@ -49,21 +54,49 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
             )
         })?,
     };
+    let namespace = config.default_namespace.clone();
     let client = kube::Client::try_from(config)
         .with_context(|| format!("can't make a client from the kubeconfig {}", args.kubeconfig.display()))?;
+    let changing = Changing::new(client);
+    let client = changing.client(&namespace);
     let nodes: kube::Api<k8s_openapi::api::core::v1::Node> = kube::Api::all(client.clone());
     let fingerprint = fingerprint(&serving.cert_pem)?;
+    let kubelet = Kubelet { listen, cert_pem: serving.cert_pem, key_pem: serving.key_pem, client_ca_pem };
     let options = agent::options(Parts {
         home,
         name: name.clone(),
         address: args.address,
-        kubelet: Kubelet { listen, cert_pem: serving.cert_pem, key_pem: serving.key_pem, client_ca_pem },
-        client,
+        kubelet: kubelet.clone(),
+        client: client.clone(),
         store: image::open(home)?,
         machines: &args.machines,
     })
     .await?;
     let node = stack::open_node(options, listen).await?;
+
+    // They end with this function.
+    let mut certificates = JoinSet::new();
+    if args.bootstrap_kubeconfig.is_some() {
+        let (kubeconfig, name, most) = (args.kubeconfig.clone(), name.clone(), args.renew_certificates);
+        certificates.spawn(Identity { kubeconfig, name, client: changing, most }.keep());
+    }
+    if args.request_serving_certificate
+        && let Some(shown) = node.certificates()
+    {
+        let (certificate, key) = Pair::paths(home);
+        let (address, most) = (args.address.to_string(), args.renew_certificates);
+        let (nodes, node_name) = (nodes.clone(), name.clone());
+        let keeper = Shown { certificate, key, name: name.clone(), address, client, most };
+        certificates.spawn(keeper.keep(move |cert_pem, key_pem| {
+            let (shown, kubelet) = (shown.clone(), Kubelet { cert_pem, key_pem, ..kubelet.clone() });
+            let (nodes, node_name) = (nodes.clone(), node_name.clone());
+            async move {
+                shown.replace(&kubelet).context("the certificate can't be used")?;
+                publish(&nodes, &node_name, &self::fingerprint(&kubelet.cert_pem)?).await;
+                Ok(())
+            }
+        }));
+    }
 
     let mut ready = node.ready();
     let stop = CancellationToken::new();
@@ -148,6 +181,20 @@ struct Pair {
 }
 
 impl Pair {
+    /// Where the certificate of the cluster's signer is kept, and its key.
+    fn paths(home: &Home) -> (PathBuf, PathBuf) {
+        let dir = home.node().join("pki");
+        (dir.join("cluster.crt"), dir.join("cluster.key"))
+    }
+
+    /// The one that the cluster signed, when there is one that is still good.
+    fn of_cluster(home: &Home) -> Option<Self> {
+        let (cert, key) = Self::paths(home);
+        let pair = Self { cert_pem: read(&cert).ok()?, key_pem: read(&key).ok()? };
+        let life = Life::of(pair.cert_pem.as_bytes()).ok()?;
+        (!life.is_over(jiff::Timestamp::now())).then_some(pair)
+    }
+
     /// The one that the home keeps, signed by itself; made when there is none for this name and address.
     ///
     /// Kubernetes' own API servers don't verify the certificates of kubelets unless they are told to.

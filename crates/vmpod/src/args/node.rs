@@ -40,6 +40,12 @@ pub(crate) struct Node {
     /// The kubelet API's private key
     #[arg(long, value_name = "FILE", requires = "tls_cert", value_hint = ValueHint::FilePath)]
     pub(crate) tls_key: Option<PathBuf>,
+    /// Ask the cluster for the kubelet API's certificate; somebody has to approve it (`kubectl certificate approve`)
+    #[arg(long, conflicts_with = "tls_cert")]
+    pub(crate) request_serving_certificate: bool,
+    /// Renew certificates that this node asked for after so long at the latest [default: 70 to 90 % of their life]
+    #[arg(long, value_name = "DURATION", value_parser = values::duration)]
+    pub(crate) renew_certificates: Option<std::time::Duration>,
     #[command(flatten)]
     pub(crate) machines: NodeMachines,
 }
