@@ -310,3 +310,72 @@ async fn on_second(up: &Up, second: &Home) -> Result<()> {
     up.kubectl_ok(&["delete", "pod", "there", "--timeout=60s"]).await?;
     second.assert_clean().await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_of_manifests_is_what_the_api_has() -> Result<()> {
+    let home = Home::with_tiny("apply").await?;
+    let dir = home.path().with_extension("manifests");
+    std::fs::create_dir_all(dir.join("runners"))?;
+    let file = |name: &str| dir.join(name);
+    let map = |value: &str| {
+        format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: settings}}\ndata: {{colour: {value}}}\n")
+    };
+    std::fs::write(file("settings.yaml"), map("red"))?;
+    std::fs::write(file("runners/pod.json"), pods::tiny("kept", &[]).to_string())?;
+    // A kind that is there only once the fleet's operator has made it.
+    let pool = "apiVersion: vmpod.dev/v1alpha1\nkind: RunnerPool\nmetadata: {name: later, namespace: default}\nspec:\n  image: tiny\n  \
+                userData: '#!/bin/sh'\n  provider: {http: {url: \"http://127.0.0.1:9/queue\"}}\n  scale: {max: 1}\n";
+    std::fs::write(file("runners/pool.yaml"), pool)?;
+    let said = ["--fleet-poll", "1s", "--apply", &dir.to_string_lossy()].map(ToOwned::to_owned);
+    let said: Vec<&str> = said.iter().map(String::as_str).collect();
+    let up = home.up(&said).await?;
+    let colour = ["get", "configmap", "settings", "-o", "jsonpath={.data.colour}"];
+    let is = async |wanted: &str| {
+        eventually(&format!("the colour is {wanted:?}"), || async {
+            let now = up.kubectl_ok(&colour).await?;
+            ensure!(now == wanted, "{now}");
+            Ok(())
+        })
+        .await
+    };
+    is("red").await?;
+    up.wait_ready("kept").await?;
+    eventually("the pool is there", || async { up.kubectl_ok(&["get", "runnerpool", "later"]).await.map(drop) })
+        .await?;
+
+    // A change is followed; a file that can't be read changes nothing of what it said, and nothing is removed for it.
+    std::fs::write(file("settings.yaml"), map("green"))?;
+    is("green").await?;
+    std::fs::write(file("settings.yaml"), "apiVersion: [\n")?;
+    std::fs::remove_file(file("runners/pool.yaml"))?;
+    eventually("the fault is told", || async {
+        ensure!(up.log().contains("settings.yaml"), "not yet");
+        Ok(())
+    })
+    .await?;
+    up.kubectl_ok(&["get", "runnerpool", "later"]).await?;
+    is("green").await?;
+
+    // What no manifest has any more goes, and what others made stays; also when nobody looked meanwhile.
+    up.kubectl_ok(&["create", "configmap", "anothers"]).await?;
+    std::fs::write(file("settings.yaml"), map("blue"))?;
+    is("blue").await?;
+    eventually("the pool is gone", || async {
+        let found = up.kubectl(&["get", "runnerpool", "later"]).await?;
+        ensure!(found.code != Some(0), "it is there");
+        Ok(())
+    })
+    .await?;
+    up.stop().await?;
+    std::fs::remove_file(file("runners/pod.json"))?;
+    let up = home.up(&said).await?;
+    eventually("the pod is gone", || async {
+        let found = up.kubectl_ok(&["get", "pods", "-o", "name"]).await?;
+        ensure!(found.trim().is_empty(), "{found}");
+        Ok(())
+    })
+    .await?;
+    up.kubectl_ok(&["get", "configmap", "anothers"]).await?;
+    up.stop().await?;
+    home.assert_clean().await
+}

@@ -1,10 +1,10 @@
 //! Machines of Apple's Virtualization framework.
 //!
 //! The framework ties a guest to the process that made it. So the agent starts one helper for each machine (`vmpod machine-vz DIR`),
-//! in a session of its own, and speaks to it over a socket in the machine's directory ([`protocol`]). How a helper is known to be a
+//! in a session of its own, and speaks to it over a socket in the machine's directory (`protocol`). How a helper is known to be a
 //! machine's is as with QEMU ([`crate::qemu`]): by the kernel's lock that it inherits, and by its answer.
 //!
-//! Only [`apple`] calls the framework. The helper ([`helper`]), what the framework is told ([`config`]) and the two slots for macOS
+//! Only `apple` calls the framework. The helper ([`helper`]), what the framework is told ([`config`]) and the two slots for macOS
 //! guests ([`slots`]) are the same wherever they run, and are tested on Linux with another [`helper::Engine`] in the framework's place.
 
 use std::os::unix::fs::OpenOptionsExt;

@@ -141,10 +141,10 @@ fn guest_login(args: &args::GuestLogin) -> Result<Option<(Option<String>, Auth)>
         let text = std::fs::read_to_string(path).with_context(|| format!("can't read {}", path.display()))?;
         Ok::<_, anyhow::Error>(text.trim_end_matches(['\r', '\n']).to_owned())
     };
-    let auth = match (&args.guest_password_file, &args.guest_key_file) {
+    let auth = match (&args.password_file, &args.key_file) {
         (Some(path), _) => Auth::Password(Secret::new(read(path)?)),
         (None, Some(path)) => Auth::Key(std::path::absolute(path)?),
-        (None, None) if args.guest_user.is_some() => {
+        (None, None) if args.user.is_some() => {
             return Err(Remedy::new(
                 "a user of guests without a password or key opens no guest",
                 "name a file with one: --guest-password-file or --guest-key-file",
@@ -153,7 +153,7 @@ fn guest_login(args: &args::GuestLogin) -> Result<Option<(Option<String>, Auth)>
         }
         (None, None) => return Ok(None),
     };
-    Ok(Some((args.guest_user.clone(), auth)))
+    Ok(Some((args.user.clone(), auth)))
 }
 
 /// What this host offers.

@@ -148,6 +148,9 @@ pub(crate) struct Up {
     /// The node's name [default: this host's name]
     #[arg(long, value_name = "NAME", value_parser = values::node_name)]
     pub(crate) name: Option<String>,
+    /// Keep the API as the manifests in this directory say, and follow their changes
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    pub(crate) apply: Option<PathBuf>,
     /// Keep no runner pools
     #[arg(long, conflicts_with = "metrics_listen")]
     pub(crate) no_fleet: bool,

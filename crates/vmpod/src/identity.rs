@@ -1,6 +1,6 @@
 //! A node's certificates, renewed while they are good: the one by which it is known to the API, and the one that its kubelet API shows.
 //!
-//! Both are asked for with CertificateSigningRequests, as kubelets do (Kubernetes documentation, "Configure Certificate Rotation for the
+//! Both are asked for with a `CertificateSigningRequest`, as kubelets do (Kubernetes documentation, "Configure Certificate Rotation for the
 //! Kubelet"): when between 70 and 90 % of a certificate's life are over, each node at its own time.
 
 use std::path::PathBuf;
@@ -50,7 +50,8 @@ impl Life {
     /// When to have the next one: `share`, from 0 to 1, says where between 70 and 90 % of its life; after `most` at the latest.
     fn renewal(self, share: f64, most: Option<Duration>) -> Timestamp {
         let life = Duration::try_from(self.until.duration_since(self.from)).unwrap_or_default();
-        let after = life.mul_f64(0.7 + 0.2 * share.clamp(0.0, 1.0));
+        let share = if share.is_finite() { share.clamp(0.0, 1.0) } else { 0.0 };
+        let after = life.mul_f64(0.7 + 0.2 * share);
         let after = most.map_or(after, |most| after.min(most));
         self.from.checked_add(after).unwrap_or(self.until)
     }
@@ -210,8 +211,8 @@ mod tests {
         let year = life(0, 1000);
         assert_eq!(year.renewal(0.0, None).as_second(), 700);
         assert_eq!(year.renewal(1.0, None).as_second(), 900);
-        assert_eq!(year.renewal(0.5, Some(Duration::from_secs(60))).as_second(), 60);
-        assert_eq!(year.renewal(f64::NAN, None), year.renewal(f64::NAN, None), "no share is odd enough to panic");
+        assert_eq!(year.renewal(0.5, Some(Duration::from_mins(1))).as_second(), 60);
+        assert_eq!(year.renewal(f64::NAN, None).as_second(), 700, "no share is odd enough to panic");
         assert!(
             year.is_over(Timestamp::from_second(1000).unwrap()) && !year.is_over(Timestamp::from_second(999).unwrap())
         );

@@ -1,6 +1,7 @@
 //! The command line: arguments in, other crates' work put together, results out.
 
 mod agent;
+mod apply;
 mod archive;
 mod args;
 mod bootstrap;

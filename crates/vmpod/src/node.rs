@@ -75,28 +75,8 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
     let node = stack::open_node(options, listen).await?;
 
     // They end with this function.
-    let mut certificates = JoinSet::new();
-    if args.bootstrap_kubeconfig.is_some() {
-        let (kubeconfig, name, most) = (args.kubeconfig.clone(), name.clone(), args.renew_certificates);
-        certificates.spawn(Identity { kubeconfig, name, client: changing, most }.keep());
-    }
-    if args.request_serving_certificate
-        && let Some(shown) = node.certificates()
-    {
-        let (certificate, key) = Pair::paths(home);
-        let (address, most) = (args.address.to_string(), args.renew_certificates);
-        let (nodes, node_name) = (nodes.clone(), name.clone());
-        let keeper = Shown { certificate, key, name: name.clone(), address, client, most };
-        certificates.spawn(keeper.keep(move |cert_pem, key_pem| {
-            let (shown, kubelet) = (shown.clone(), Kubelet { cert_pem, key_pem, ..kubelet.clone() });
-            let (nodes, node_name) = (nodes.clone(), node_name.clone());
-            async move {
-                shown.replace(&kubelet).context("the certificate can't be used")?;
-                publish(&nodes, &node_name, &self::fingerprint(&kubelet.cert_pem)?).await;
-                Ok(())
-            }
-        }));
-    }
+    let _certificates =
+        keep_certificates(home, &args, &name, Kept { nodes: &nodes, changing, client, kubelet, node: &node });
 
     let mut ready = node.ready();
     let stop = CancellationToken::new();
@@ -133,6 +113,44 @@ pub(crate) async fn run(home: &Home, args: args::Node) -> Result<Exit> {
             Ok(Exit::Command(interrupt.code()))
         }
     }
+}
+
+/// What the renewal of certificates works on.
+struct Kept<'a> {
+    nodes: &'a kube::Api<k8s_openapi::api::core::v1::Node>,
+    changing: Changing,
+    client: kube::Client,
+    kubelet: Kubelet,
+    node: &'a vmpod_node::Node,
+}
+
+/// Renews the certificates that this node asked for, for as long as the result is kept.
+fn keep_certificates(home: &Home, args: &args::Node, name: &str, kept: Kept<'_>) -> JoinSet<()> {
+    let Kept { nodes, changing, client, kubelet, node } = kept;
+    let (name, most) = (name.to_owned(), args.renew_certificates);
+    let mut tasks = JoinSet::new();
+    if args.bootstrap_kubeconfig.is_some() {
+        let identity = Identity { kubeconfig: args.kubeconfig.clone(), name: name.clone(), client: changing, most };
+        tasks.spawn(identity.keep());
+    }
+    if args.request_serving_certificate
+        && let Some(shown) = node.certificates()
+    {
+        let (certificate, key) = Pair::paths(home);
+        let address = args.address.to_string();
+        let keeper = Shown { certificate, key, name: name.clone(), address, client, most };
+        let nodes = nodes.clone();
+        tasks.spawn(keeper.keep(move |cert_pem, key_pem| {
+            let (shown, kubelet) = (shown.clone(), Kubelet { cert_pem, key_pem, ..kubelet.clone() });
+            let (nodes, name) = (nodes.clone(), name.clone());
+            async move {
+                shown.replace(&kubelet).context("the certificate can't be used")?;
+                publish(&nodes, &name, &fingerprint(&kubelet.cert_pem)?).await;
+                Ok(())
+            }
+        }));
+    }
+    tasks
 }
 
 /// The Node's annotation that tells which certificate its kubelet API shows: the SHA-256 of the DER, in hexadecimal.

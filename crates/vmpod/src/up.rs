@@ -3,10 +3,12 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 
 use crate::agent::{self, Hypervisor};
+use crate::apply;
 use crate::args;
+use crate::client;
 use crate::home::{Home, Role};
 use crate::image;
 use crate::interrupts::Interrupts;
@@ -58,10 +60,20 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     talk(&format!("  {}", style.dim("Ctrl-C stops it")));
     output::data(&format!("{}\n", kubeconfig.display()))?;
 
+    // Ends with this function.
+    let mut applying = tokio::task::JoinSet::new();
+    if let Some(dir) = args.apply {
+        let client = client::from_file(&kubeconfig, None).await?;
+        applying.spawn(apply::keep(client, std::path::absolute(dir)?, home.root().join("applied.json")));
+    }
     tokio::select! {
         error = stack.ended() => return Err(error),
+        Some(ended) = applying.join_next() => {
+            ended.context("--apply panicked")?.context("--apply failed")?;
+        }
         _ = interrupts.next() => {}
     }
+    drop(applying);
     let keep = args.machines.keep_vms;
     talk(if keep {
         "stopping; the machines go on, and the next `vmpod up` takes them over"
