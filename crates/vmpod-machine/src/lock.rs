@@ -83,6 +83,38 @@ fn owner(path: &Path) -> Option<u32> {
     u32::try_from(held.pid?.as_raw_nonzero().get()).ok()
 }
 
+/// Takes the machine's lock, to start a process; an error tells who has it.
+pub(crate) fn take_to_start(dir: &MachineDir) -> Result<File, HypervisorError> {
+    match take_lock(dir)? {
+        Lock::Taken(lock) => Ok(lock),
+        Lock::Held | Lock::Absent => {
+            let holder = holder(dir).map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
+            Err(HypervisorError::Occupied { holder })
+        }
+    }
+}
+
+/// Kills whatever has the machine, and returns when nobody has it. One whose holder can't be found within `limit` is an error: between a
+/// fork and its exec, and until a helper has said who it is, nobody shows.
+pub(crate) async fn clear(dir: &MachineDir, limit: Duration) -> Result<(), HypervisorError> {
+    let deadline = tokio::time::Instant::now() + limit;
+    loop {
+        match take_lock(dir)? {
+            Lock::Absent | Lock::Taken(_) => return Ok(()),
+            Lock::Held => {}
+        }
+        match holder(dir) {
+            Some(pid) => kill_holder(pid, dir).await?,
+            None if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
+            None => {
+                return Err(HypervisorError::Unresponsive {
+                    why: format!("some process holds {} and can't be found", dir.file(LOCK).display()),
+                });
+            }
+        }
+    }
+}
+
 /// What a file is, whatever its name.
 pub(crate) fn identity(path: &Path) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
@@ -109,7 +141,7 @@ pub(crate) fn last_words(log: &Path) -> Option<String> {
 }
 
 /// Kills the process that holds a machine's lock, and waits until it is gone.
-pub(crate) async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), HypervisorError> {
+async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), HypervisorError> {
     let handle = Handle::open(pid)?;
     // Looked at again through a handle that can't come to mean another process.
     if holder(dir) == Some(pid) {

@@ -27,7 +27,7 @@ use crate::console::Watch;
 use crate::directory::MachineDir;
 use crate::hypervisor::{Hypervisor, HypervisorError, Process};
 use crate::lifecycle::Exit;
-use crate::lock::{self, LOCK, Lock, holder, last_words, remove, take_lock};
+use crate::lock::{self, Lock, holder, last_words, remove, take_lock};
 use crate::session;
 use crate::spec::{Accel, Arch, Boot, Firmware, GuestOs, Network, Snapshot, Spec};
 
@@ -117,13 +117,7 @@ impl Hypervisor for Qemu {
 
     async fn start(&self, spec: &Spec, dir: &MachineDir) -> Result<Box<dyn Process>, HypervisorError> {
         refuse(spec)?;
-        let lock = match take_lock(dir)? {
-            Lock::Taken(lock) => lock,
-            Lock::Held | Lock::Absent => {
-                let holder = holder(dir).map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
-                return Err(HypervisorError::Occupied { holder });
-            }
-        };
+        let lock = lock::take_to_start(dir)?;
         remove(&dir.file(SOCKET))?;
         remove(&dir.file("console.sock"))?;
         let code = match spec.boot {
@@ -263,23 +257,7 @@ impl Hypervisor for Qemu {
     }
 
     async fn destroy(&self, dir: &MachineDir) -> Result<(), HypervisorError> {
-        let deadline = tokio::time::Instant::now() + FIND_LIMIT;
-        loop {
-            match take_lock(dir)? {
-                Lock::Absent | Lock::Taken(_) => return Ok(()),
-                Lock::Held => {}
-            }
-            match holder(dir) {
-                Some(pid) => lock::kill_holder(pid, dir).await?,
-                // Between a fork and its exec the lock may show in no process's standard input.
-                None if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
-                None => {
-                    return Err(HypervisorError::Unresponsive {
-                        why: format!("some process holds {} and can't be found", dir.file(LOCK).display()),
-                    });
-                }
-            }
-        }
+        lock::clear(dir, FIND_LIMIT).await
     }
 }
 

@@ -23,7 +23,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::console::Watch;
 use crate::directory::{self, MachineDir};
 use crate::hypervisor::{Hypervisor, HypervisorError, Process, Stats};
-use crate::lifecycle::{Exit, ExitCause};
+use crate::lifecycle::{self, Exit, ExitCause};
 use crate::lock::{self, Lock, holder, last_words, remove, take_lock};
 use crate::pid::{Handle, usage};
 use crate::session;
@@ -73,13 +73,7 @@ impl Hypervisor for Vz {
     async fn start(&self, spec: &Spec, dir: &MachineDir) -> Result<Box<dyn Process>, HypervisorError> {
         // Said before anything is started, and in the agent's words.
         config::configuration(spec, dir.path(), Arch::host())?;
-        let lock = match take_lock(dir)? {
-            Lock::Taken(lock) => lock,
-            Lock::Held | Lock::Absent => {
-                let holder = holder(dir).map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
-                return Err(HypervisorError::Occupied { holder });
-            }
-        };
+        let lock = lock::take_to_start(dir)?;
         remove(&dir.file(SOCKET))?;
         let log_path = dir.file(LOG);
         let log = std::fs::OpenOptions::new()
@@ -116,6 +110,8 @@ impl Hypervisor for Vz {
                         let status = status.map_err(HypervisorError::io("can't wait for the machine's helper"))?;
                         let words = last_words(&log_path);
                         if status.code() == Some(i32::from(BUSY)) {
+                            // It may have said so before.
+                            let words = words.and_then(|words| words.rsplit("; ").next().map(ToOwned::to_owned));
                             return Err(HypervisorError::Busy(words.unwrap_or_else(|| "too many guests run".to_owned())));
                         }
                         let output = words.unwrap_or_else(|| status.to_string());
@@ -170,23 +166,7 @@ impl Hypervisor for Vz {
     }
 
     async fn destroy(&self, dir: &MachineDir) -> Result<(), HypervisorError> {
-        let deadline = tokio::time::Instant::now() + FIND_LIMIT;
-        loop {
-            match take_lock(dir)? {
-                Lock::Absent | Lock::Taken(_) => return Ok(()),
-                Lock::Held => {}
-            }
-            match holder(dir) {
-                Some(pid) => lock::kill_holder(pid, dir).await?,
-                // A helper says who it is as its first act.
-                None if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
-                None => {
-                    return Err(HypervisorError::Unresponsive {
-                        why: format!("some process holds {} and can't be found", dir.file(lock::LOCK).display()),
-                    });
-                }
-            }
-        }
+        lock::clear(dir, FIND_LIMIT).await
     }
 }
 
@@ -285,16 +265,7 @@ impl Process for VzProcess {
     }
 
     async fn exited(&self) -> Exit {
-        let mut exit = self.exit.clone();
-        loop {
-            if let Some(exit) = &*exit.borrow_and_update() {
-                return exit.clone();
-            }
-            if exit.changed().await.is_err() {
-                // The task that watches is never cancelled on its own; the agent is ending.
-                std::future::pending::<()>().await;
-            }
-        }
+        lifecycle::exited(self.exit.clone()).await
     }
 
     async fn stats(&self) -> Result<Stats, HypervisorError> {

@@ -98,6 +98,21 @@ pub(crate) fn supported(pod: &Pod, privileged: bool) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Decides by what Apple's networks can't do.
+pub(crate) fn on_apple(pod: &Pod) -> Result<(), Refusal> {
+    let ports = pod::machine_container(pod).map(crate::network::host_ports).unwrap_or_default();
+    match ports.first() {
+        None => Ok(()),
+        Some(port) => Err(Refusal::new(
+            "NetworkUnsupported",
+            format!(
+                "hostPort {}: on this node machines are on Apple's networks, which forward no ports of the host; reach the machine at its own address",
+                port.host_port
+            ),
+        )),
+    }
+}
+
 /// Capabilities that a container beside the machine may add: those of Kubernetes' baseline policy
 /// (kubernetes.io/docs/concepts/security/pod-security-standards), and those over the pod's own network.
 const CAPABILITIES: [&str; 15] = [

@@ -208,7 +208,7 @@ impl Node {
             records,
             faults,
             low_ports: root,
-            ledger: Ledger::new(allocatable, capacity.pods).with_nat(nat.config().subnet, privileged),
+            ledger: Ledger::new(allocatable, capacity.pods).with_nat(nat.config().subnet, privileged).on_apple(apple),
             nat,
             network: options.network,
             engine: Engine::new(Docker::new(&options.docker_host, &scope, !apple)),

@@ -180,6 +180,8 @@ pub(crate) struct Ledger {
     privileged: bool,
     /// The addresses of the host's own network.
     subnet: Option<Subnet>,
+    /// Machines are on Apple's networks.
+    apple: bool,
 }
 
 #[derive(Debug, Default)]
@@ -199,6 +201,11 @@ impl Ledger {
     /// With a network of the host's own, whose addresses these are.
     pub(crate) fn with_nat(self, subnet: Subnet, privileged: bool) -> Self {
         Self { privileged, subnet: Some(subnet), ..self }
+    }
+
+    /// With machines of Apple's framework, or not.
+    pub(crate) fn on_apple(self, apple: bool) -> Self {
+        Self { apple, ..self }
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -236,6 +243,9 @@ impl Ledger {
     /// `no_engine` is why no containers can run beside machines here.
     pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str, no_engine: Option<String>) -> Result<(), Refusal> {
         admit::supported(pod, self.privileged)?;
+        if self.apple {
+            admit::on_apple(pod)?;
+        }
         admit::company(pod, no_engine)?;
         let mut book = self.book();
         let used = book.admitted.iter().filter(|(other, _)| *other != uid);
@@ -287,6 +297,20 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn apples_networks_forward_no_ports_of_the_host() {
+        let pod = |ports: serde_json::Value| -> Pod {
+            serde_json::from_value(json!({"spec": {"containers": [{"name": "vm", "ports": ports}]}})).unwrap()
+        };
+        let uid = PodUid::parse("a").unwrap();
+        let ledger = |apple| Ledger::new(Requests { millicpus: 1000, memory: 100, ephemeral: 0 }, 10).on_apple(apple);
+        let asks = pod(json!([{"containerPort": 22, "hostPort": 2222}]));
+        let refusal = ledger(true).admit(&uid, &asks, "n", None).unwrap_err();
+        assert!(refusal.message.starts_with("hostPort 2222: "), "{}", refusal.message);
+        ledger(true).admit(&uid, &pod(json!([{"containerPort": 22}])), "n", None).unwrap();
+        ledger(false).admit(&uid, &asks, "n", None).unwrap();
+    }
 
     #[test]
     fn what_one_pod_has_no_other_gets() {

@@ -16,7 +16,7 @@ use super::args::disk_node;
 use super::qmp::Qmp;
 use crate::directory::MachineDir;
 use crate::hypervisor::{DiskStats, HypervisorError, Process, Stats};
-use crate::lifecycle::{Exit, ExitCause};
+use crate::lifecycle::{self, Exit, ExitCause};
 use crate::pid::{Handle, usage};
 use crate::spec::Spec;
 
@@ -107,16 +107,7 @@ impl Process for QemuProcess {
     }
 
     async fn exited(&self) -> Exit {
-        let mut exit = self.exit.clone();
-        loop {
-            if let Some(exit) = &*exit.borrow_and_update() {
-                return exit.clone();
-            }
-            if exit.changed().await.is_err() {
-                // The task that watches is never cancelled on its own; the agent is ending.
-                std::future::pending::<()>().await;
-            }
-        }
+        lifecycle::exited(self.exit.clone()).await
     }
 
     async fn stats(&self) -> Result<Stats, HypervisorError> {
