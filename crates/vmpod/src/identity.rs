@@ -25,6 +25,8 @@ use crate::home;
 
 /// How long to wait after a renewal failed, first and at most. The old certificate is good meanwhile.
 const AGAIN: (Duration, Duration) = (Duration::from_secs(10), Duration::from_mins(10));
+/// No certificate is renewed sooner than this after it came: by a clock that is wrong, all of them are over.
+const REST: Duration = Duration::from_secs(10);
 
 /// From when to when a certificate is good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,13 +49,13 @@ impl Life {
         now >= self.until
     }
 
-    /// When to have the next one: `share`, from 0 to 1, says where between 70 and 90 % of its life; after `most` at the latest.
-    fn renewal(self, share: f64, most: Option<Duration>) -> Timestamp {
+    /// When to have the next one: `share`, from 0 to 1, says where between 70 and 90 % of its life; `most` from now at the latest. Who
+    /// signs dates certificates back, so what counts for `most` is that it is here now.
+    fn renewal(self, share: f64, now: Timestamp, most: Option<Duration>) -> Timestamp {
         let life = Duration::try_from(self.until.duration_since(self.from)).unwrap_or_default();
         let share = if share.is_finite() { share.clamp(0.0, 1.0) } else { 0.0 };
-        let after = life.mul_f64(0.7 + 0.2 * share);
-        let after = most.map_or(after, |most| after.min(most));
-        self.from.checked_add(after).unwrap_or(self.until)
+        let usual = self.from.checked_add(life.mul_f64(0.7 + 0.2 * share)).unwrap_or(self.until);
+        most.and_then(|most| now.checked_add(most).ok()).map_or(usual, |latest| usual.min(latest))
     }
 }
 
@@ -118,8 +120,9 @@ impl Identity {
                     return;
                 }
             };
-            until(life.renewal(rand::random(), self.most)).await;
+            until(life.renewal(rand::random(), Timestamp::now(), self.most)).await;
             persist("the node's identity", || self.renew()).await;
+            tokio::time::sleep(REST).await;
         }
     }
 
@@ -160,7 +163,7 @@ impl Shown {
             // One that an earlier agent got is as good; what can't be read is asked for anew.
             let known = std::fs::read(&self.certificate).ok().and_then(|pem| Life::of(&pem).ok());
             if let Some(life) = known.filter(|life| !life.is_over(Timestamp::now())) {
-                until(life.renewal(rand::random(), self.most)).await;
+                until(life.renewal(rand::random(), Timestamp::now(), self.most)).await;
             }
             persist("the kubelet API's certificate", || async {
                 let kind = Kind::Serving { address: self.address.clone() };
@@ -173,6 +176,7 @@ impl Shown {
                 Ok(())
             })
             .await;
+            tokio::time::sleep(REST).await;
         }
     }
 }
@@ -208,16 +212,17 @@ mod tests {
 
     #[test]
     fn a_certificate_is_renewed_when_most_of_its_life_is_over_and_some_is_left() {
-        let year = life(0, 1000);
-        assert_eq!(year.renewal(0.0, None).as_second(), 700);
-        assert_eq!(year.renewal(1.0, None).as_second(), 900);
-        assert_eq!(year.renewal(0.5, Some(Duration::from_mins(1))).as_second(), 60);
-        assert_eq!(year.renewal(f64::NAN, None).as_second(), 700, "no share is odd enough to panic");
+        let (year, now) = (life(0, 1000), Timestamp::from_second(300).unwrap());
+        assert_eq!(year.renewal(0.0, now, None).as_second(), 700);
+        assert_eq!(year.renewal(1.0, now, None).as_second(), 900);
+        assert_eq!(year.renewal(0.5, now, Some(Duration::from_mins(1))).as_second(), 360, "from now, not from its date");
+        assert_eq!(year.renewal(0.5, now, Some(Duration::from_hours(1))).as_second(), 800);
+        assert_eq!(year.renewal(f64::NAN, now, None).as_second(), 700, "no share is odd enough to panic");
         assert!(
             year.is_over(Timestamp::from_second(1000).unwrap()) && !year.is_over(Timestamp::from_second(999).unwrap())
         );
         // A clock that was set back makes it due later, and one that ends before it begins at once.
-        assert!(life(1000, 0).renewal(0.5, None).as_second() <= 1000);
+        assert!(life(1000, 0).renewal(0.5, now, None).as_second() <= 1000);
     }
 
     #[test]
