@@ -67,7 +67,7 @@ fn main() -> ExitCode {
 /// Makes what every command needs and runs it.
 fn start(cli: Cli) -> Result<Exit> {
     let level = match cli.command {
-        Command::Up(_) | Command::Node(_) | Command::Controller(_) => Level::Service,
+        Command::Up(_) | Command::Node(_) | Command::Controller(_) | Command::MachineVz(_) => Level::Service,
         _ => Level::Command,
     };
     logging::start(cli.global.log.as_deref(), cli.global.log_format, level)?;
