@@ -215,7 +215,11 @@ mod tests {
         let (year, now) = (life(0, 1000), Timestamp::from_second(300).unwrap());
         assert_eq!(year.renewal(0.0, now, None).as_second(), 700);
         assert_eq!(year.renewal(1.0, now, None).as_second(), 900);
-        assert_eq!(year.renewal(0.5, now, Some(Duration::from_mins(1))).as_second(), 360, "from now, not from its date");
+        assert_eq!(
+            year.renewal(0.5, now, Some(Duration::from_mins(1))).as_second(),
+            360,
+            "from now, not from its date"
+        );
         assert_eq!(year.renewal(0.5, now, Some(Duration::from_hours(1))).as_second(), 800);
         assert_eq!(year.renewal(f64::NAN, now, None).as_second(), 700, "no share is odd enough to panic");
         assert!(
