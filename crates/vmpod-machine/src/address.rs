@@ -25,7 +25,6 @@ use crate::vmnet;
 const FILE: &str = "address.json";
 /// How long nothing is heard after a change: a guest that claims another address with every packet mustn't keep the disk busy.
 const REST: Duration = Duration::from_millis(200);
-
 /// How often the host's leases and neighbours are looked at while nothing is known, at least.
 const SOON: Duration = Duration::from_secs(1);
 /// How often they are looked at afterwards.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::directory::MachineDir;
 use crate::guest::Link;
@@ -80,6 +81,16 @@ pub trait Process: Send + Sync + 'static {
 
     /// The process's number on this host, for messages and cgroups.
     fn pid(&self) -> Option<u32>;
+}
+
+/// Waits for the end that whoever watches a process writes here.
+pub(crate) async fn exited(mut exit: watch::Receiver<Option<Exit>>) -> Exit {
+    let end = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
+    match end {
+        Some(exit) => exit,
+        // Who watches is never cancelled on its own; the agent is ending.
+        None => std::future::pending().await,
+    }
 }
 
 /// What a machine uses of its host.

@@ -103,16 +103,6 @@ impl std::fmt::Display for Exit {
     }
 }
 
-/// Waits for the end that whoever watches a process writes here.
-pub(crate) async fn exited(mut exit: tokio::sync::watch::Receiver<Option<Exit>>) -> Exit {
-    let end = exit.wait_for(Option::is_some).await.ok().and_then(|exit| exit.clone());
-    match end {
-        Some(exit) => exit,
-        // Who watches is never cancelled on its own; the agent is ending.
-        None => std::future::pending().await,
-    }
-}
-
 /// Something that happened to a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Input {

@@ -132,11 +132,11 @@ pub(crate) fn remove(path: &Path) -> Result<(), HypervisorError> {
     }
 }
 
-/// The last lines of the process's own log.
-pub(crate) fn last_words(log: &Path) -> Option<String> {
+/// The last lines of the process's own log, so many at most.
+pub(crate) fn last_words(log: &Path, most: usize) -> Option<String> {
     let text = std::fs::read_to_string(log).ok()?;
     let lines: Vec<_> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-    let last = lines.get(lines.len().saturating_sub(3)..)?.join("; ");
+    let last = lines.get(lines.len().saturating_sub(most)..)?.join("; ");
     (!last.is_empty()).then_some(last)
 }
 

@@ -42,8 +42,8 @@ struct Shared {
     guest: Guest,
     learnt: watch::Receiver<Option<Learnt>>,
     commands: mpsc::UnboundedSender<Command>,
-    /// Why the last start was put off, and how many were.
-    refusals: watch::Receiver<(u64, String)>,
+    /// Why the last start was put off.
+    refusals: watch::Receiver<String>,
 }
 
 /// Waits until a machine's process runs; false when it is over, or nobody drives it any more.
@@ -126,7 +126,7 @@ impl Machine {
         let reached = tokio::select! {
             reached = self.wait_for(|state| !matches!(state, State::Preparing | State::Booting)) => reached?,
             Ok(()) = refusals.changed() => {
-                let why = refusals.borrow().1.clone();
+                let why = refusals.borrow().clone();
                 return Err(MachineError::Busy { id: self.id().clone(), why });
             }
         };
@@ -208,7 +208,7 @@ pub(crate) struct Driver {
     commands: mpsc::UnboundedReceiver<Command>,
     process: Option<Arc<dyn Process>>,
     starting: Option<Starting>,
-    refusals: watch::Sender<(u64, String)>,
+    refusals: watch::Sender<String>,
     guest: Guest,
     /// When to look whether a guest that was told to stop does.
     ask_at: Option<Timestamp>,
@@ -309,7 +309,7 @@ impl Driver {
                             // The state is shown first: who hears of it may start it again.
                             let taken = self.take(Input::Busy(why.clone())).await;
                             debug_assert!(taken.is_ok(), "only a start is ever denied");
-                            self.refusals.send_modify(|(count, last)| (*count, *last) = (*count + 1, why));
+                            self.refusals.send_replace(why);
                             continue;
                         }
                         Err(error) => Input::StartFailed(error_chain(&error)),

@@ -173,7 +173,7 @@ impl Hypervisor for Qemu {
                         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
                         return Err(HypervisorError::DiedAtStart {
                             hypervisor: "qemu",
-                            output: last_words(&dir.file(LOG)).unwrap_or(status),
+                            output: last_words(&dir.file(LOG), 3).unwrap_or(status),
                         });
                     }
                     changed = watch.changed() => changed.map_err(HypervisorError::io("can't watch the directory"))?,
@@ -206,7 +206,7 @@ impl Hypervisor for Qemu {
             if let Some(child) = &mut child {
                 child.kill().await.map_err(HypervisorError::io("can't kill a process that wasn't restored"))?;
             }
-            let words = last_words(&dir.file(LOG)).map_or_else(String::new, |words| format!(" ({words})"));
+            let words = last_words(&dir.file(LOG), 3).map_or_else(String::new, |words| format!(" ({words})"));
             let why = format!("{}{words}", crate::machine::error_chain(&error));
             return Err(HypervisorError::Restore { why });
         }

@@ -22,8 +22,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::console::Watch;
 use crate::directory::{self, MachineDir};
-use crate::hypervisor::{Hypervisor, HypervisorError, Process, Stats};
-use crate::lifecycle::{self, Exit, ExitCause};
+use crate::hypervisor::{self, Hypervisor, HypervisorError, Process, Stats};
+use crate::lifecycle::{Exit, ExitCause};
 use crate::lock::{self, Lock, holder, last_words, remove, take_lock};
 use crate::pid::{Handle, usage};
 use crate::session;
@@ -108,13 +108,12 @@ impl Hypervisor for Vz {
                 tokio::select! {
                     status = child.wait() => {
                         let status = status.map_err(HypervisorError::io("can't wait for the machine's helper"))?;
-                        let words = last_words(&log_path);
                         if status.code() == Some(i32::from(BUSY)) {
                             // It may have said so before.
-                            let words = words.and_then(|words| words.rsplit("; ").next().map(ToOwned::to_owned));
+                            let words = last_words(&log_path, 1);
                             return Err(HypervisorError::Busy(words.unwrap_or_else(|| "too many guests run".to_owned())));
                         }
-                        let output = words.unwrap_or_else(|| status.to_string());
+                        let output = last_words(&log_path, 3).unwrap_or_else(|| status.to_string());
                         return Err(HypervisorError::DiedAtStart { hypervisor: NAME, output });
                     }
                     changed = watch.changed() => changed.map_err(HypervisorError::io("can't watch the directory"))?,
@@ -177,7 +176,7 @@ fn ended(dir: &MachineDir) -> Result<Option<Exit>, HypervisorError> {
 }
 
 fn unseen(dir: &MachineDir) -> Exit {
-    Exit { cause: ExitCause::Unseen, at: Timestamp::now(), detail: last_words(&dir.file(LOG)) }
+    Exit { cause: ExitCause::Unseen, at: Timestamp::now(), detail: last_words(&dir.file(LOG), 3) }
 }
 
 /// A helper that was proved to be the machine's.
@@ -265,7 +264,7 @@ impl Process for VzProcess {
     }
 
     async fn exited(&self) -> Exit {
-        lifecycle::exited(self.exit.clone()).await
+        hypervisor::exited(self.exit.clone()).await
     }
 
     async fn stats(&self) -> Result<Stats, HypervisorError> {

@@ -18,6 +18,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::home;
+use crate::report::Remedy;
 
 /// Who has set the fields that the manifests set.
 const MANAGER: &str = "vmpod-apply";
@@ -184,6 +185,14 @@ impl Ours {
     }
 }
 
+/// The directory that was named, if it is one: told before anything is started for it.
+pub(crate) fn directory(dir: &Path) -> Result<PathBuf> {
+    if dir.is_dir() {
+        return std::path::absolute(dir).with_context(|| format!("can't tell where {} is", dir.display()));
+    }
+    Err(Remedy::new(format!("--apply: {} is no directory", dir.display()), "make it, or name another").into())
+}
+
 /// Keeps the API as a directory says, for as long as it runs. `state` is where it remembers what it did.
 pub(crate) async fn keep(client: Client, dir: PathBuf, state: PathBuf) -> Result<()> {
     let mut ours = Ours::open(state)?;
@@ -337,6 +346,7 @@ mod tests {
         assert_eq!(bad.faults.len(), 3, "{:?}", bad.faults);
         assert_eq!(bad.objects[&key("ConfigMap", "a")]["data"]["x"], "first");
         assert!(read(Path::new("/nonexistent")).is_err());
+        assert!(directory(Path::new("/nonexistent")).is_err());
     }
 
     #[test]

@@ -63,6 +63,12 @@ async fn install(home: &Home, args: ServiceInstall) -> Result<Exit> {
         talk(&format!("wrote {}", path.display()));
     }
     if root.is_none() {
+        if manager == Manager::Launchd {
+            // It takes no file for a daemon that it has; one that it hasn't needs no stop.
+            for words in stopping(manager, unit.part) {
+                drop(tell(&words).await);
+            }
+        }
         for words in starting(manager, unit.part) {
             tell(&words).await?;
         }

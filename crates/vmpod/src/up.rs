@@ -21,6 +21,7 @@ use crate::stack::{Plan, Stack};
 pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     let began = Instant::now();
     let mut interrupts = Interrupts::listen()?;
+    let manifests = args.apply.as_deref().map(apply::directory).transpose()?;
     let _lock = home.lock(Role::Up).await?;
     clear_dead_runs(home, &Hypervisor::of(&args.machines.hypervisor)?).await;
 
@@ -62,9 +63,9 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
 
     // Ends with this function.
     let mut applying = tokio::task::JoinSet::new();
-    if let Some(dir) = args.apply {
+    if let Some(dir) = manifests {
         let client = client::from_file(&kubeconfig, None).await?;
-        applying.spawn(apply::keep(client, std::path::absolute(dir)?, home.root().join("applied.json")));
+        applying.spawn(apply::keep(client, dir, home.root().join("applied.json")));
     }
     tokio::select! {
         error = stack.ended() => return Err(error),

@@ -15,8 +15,8 @@ use super::LOG;
 use super::args::disk_node;
 use super::qmp::Qmp;
 use crate::directory::MachineDir;
-use crate::hypervisor::{DiskStats, HypervisorError, Process, Stats};
-use crate::lifecycle::{self, Exit, ExitCause};
+use crate::hypervisor::{self, DiskStats, HypervisorError, Process, Stats};
+use crate::lifecycle::{Exit, ExitCause};
 use crate::pid::{Handle, usage};
 use crate::spec::Spec;
 
@@ -107,7 +107,7 @@ impl Process for QemuProcess {
     }
 
     async fn exited(&self) -> Exit {
-        lifecycle::exited(self.exit.clone()).await
+        hypervisor::exited(self.exit.clone()).await
     }
 
     async fn stats(&self) -> Result<Stats, HypervisorError> {
