@@ -19,9 +19,9 @@ pub struct Docker {
 }
 
 /// What the image of the tests' containers can do.
-const APPLETS: [&str; 15] = [
+const APPLETS: [&str; 17] = [
     "sh", "cat", "sleep", "nc", "wget", "echo", "httpd", "id", "hostname", "mkdir", "touch", "head", "true", "tail",
-    "rm",
+    "rm", "chmod", "ls",
 ];
 
 impl Docker {

@@ -61,6 +61,9 @@ impl Home {
     pub fn command(&self) -> Result<Command> {
         let mut command = Command::new(prerequisites::vmpod()?);
         command.env("VMPOD_HOME", self.path()).env("NO_COLOR", "1").env_remove("KUBECONFIG");
+        if let Some(program) = prerequisites::virtiofsd() {
+            command.env("VMPOD_VIRTIOFSD", program);
+        }
         Ok(command)
     }
 

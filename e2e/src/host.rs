@@ -86,6 +86,7 @@ impl Host {
             accel: Accel::Tcg,
             snapshot: None,
             mac: None,
+            shares: Vec::new(),
             id,
         })
     }

@@ -37,6 +37,12 @@ pub fn kubectl() -> Result<PathBuf> {
     need(target().join("tools/kubectl"), "kubectl", "tools")
 }
 
+/// The program that shares directories with guests, where the distribution's own QEMU came without it.
+#[must_use]
+pub fn virtiofsd() -> Option<PathBuf> {
+    Some(target().join("tools/virtiofsd")).filter(|path| path.exists())
+}
+
 /// helm.
 pub fn helm() -> Result<PathBuf> {
     need(target().join("tools/helm"), "helm", "tools")

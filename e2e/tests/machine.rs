@@ -180,6 +180,7 @@ async fn a_main_process_outlives_its_agents() -> Result<()> {
         command: ["sh", "-c", script].map(ToOwned::to_owned).to_vec(),
         env: vec![("TOKEN".into(), "s3cret".into())],
         workdir: None,
+        stdin: false,
     };
     let (mut at, mut out, mut err) = (Offset::default(), String::new(), String::new());
     let mut starts = Vec::new();

@@ -175,8 +175,11 @@ fn macs_are_two_and_outlive_their_agent() -> Result<()> {
         ensure!(event.contains("2 macOS guests run on this host already"), "{event}");
 
         // A killed agent: the guests go on, and the next agent has them.
+        let helpers = [mac.helper(&up, "a").await?.pid, mac.helper(&up, "b").await?.pid];
         up.kill().await?;
-        ensure!(mac.helpers().len() == 2, "{:?}", mac.helpers());
+        // The third's may be there as well, for as long as it takes to be told that there is no room.
+        let left: Vec<_> = mac.helpers().iter().map(|process| process.pid).collect();
+        ensure!(helpers.iter().all(|pid| left.contains(pid)), "{helpers:?} of {left:?}");
         let up = mac.up().await?;
         up.wait_ready("a").await?;
         ensure!(boot(&up, "a").await? == before, "the guest was started anew");

@@ -61,6 +61,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         accel: Accel::Tcg,
         snapshot: None,
         mac: None,
+        shares: Vec::new(),
     };
     let begin = Instant::now();
     let say = |what: &str| println!("{:8.3} s  {what}", begin.elapsed().as_secs_f64());

@@ -216,6 +216,7 @@ struct Main {
     output: Vec<(StdStream, bytes::Bytes)>,
     exit: Option<ExitStatus>,
     ignores_term: bool,
+    input: Vec<u8>,
 }
 
 impl World {
@@ -290,6 +291,12 @@ impl World {
     #[must_use]
     pub fn main_command(&self, id: &MachineId, name: &str) -> Option<MainCommand> {
         Some(self.lock().machines.get(id)?.mains.get(name)?.command.clone())
+    }
+
+    /// What a main process was given to read.
+    #[must_use]
+    pub fn main_input(&self, id: &MachineId, name: &str) -> Option<Vec<u8>> {
+        Some(self.lock().machines.get(id)?.mains.get(name)?.input.clone())
     }
 
     /// Waits until something is true of the world.
@@ -453,6 +460,10 @@ impl Hypervisor for FakeHypervisor {
             world.later(delay, move |world| world.end(&id, Some(incarnation), cause));
         }
         Ok(Box::new(FakeProcess { world: world.clone(), id, incarnation, dir: dir.clone() }))
+    }
+
+    fn no_shares(&self) -> Option<String> {
+        None
     }
 
     async fn snapshots(&self, _accel: Accel) -> Option<String> {

@@ -377,6 +377,8 @@ pub trait Link: Send + Sync + 'static {
     fn main_follow(self: Arc<Self>, name: &str, from: Offset) -> BoxStream<'static, Result<OutputChunk, GuestError>>;
     /// Waits for its end.
     async fn main_wait(&self, name: &str) -> Result<ExitStatus, GuestError>;
+    /// Opens its input; its end is the process's, if that is to be the last.
+    async fn main_input(&self, name: &str, last: bool) -> Result<ExecSession, GuestError>;
     /// Sends it a signal.
     async fn main_signal(&self, name: &str, signal: Signal) -> Result<(), GuestError>;
 }

@@ -46,6 +46,11 @@ pub trait Hypervisor: Send + Sync + 'static {
         None
     }
 
+    /// Why machines can't have [`Spec::shares`] here; none if they can.
+    fn no_shares(&self) -> Option<String> {
+        Some("this hypervisor shares no directories with guests".to_owned())
+    }
+
     /// The way into the guest, when it isn't SSH.
     fn link(&self, _spec: &Spec, _dir: &MachineDir) -> Option<Arc<dyn Link>> {
         None

@@ -195,7 +195,7 @@ mod tests {
             let program = dir.path().join(name);
             std::fs::write(&program, text).unwrap();
             std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-            Qemu { program }
+            Qemu { program, ..Qemu::default() }
         };
         let hangs = script("hangs", "#!/bin/sh\nexec sleep 60\n");
         assert_eq!(probe_now(&hangs, "tcg", Duration::from_millis(100)).await, Kvm::Hangs);
@@ -214,7 +214,7 @@ mod tests {
         let kept = Kvm::Hangs;
         write_json(&cache, &Cached { boot: boot.clone(), program: program.clone(), kvm: kept.clone() }).unwrap();
         assert_eq!(probe(&qemu, &cache).await, kept);
-        let nothing = Qemu { program: "/nonexistent/qemu".into() };
+        let nothing = Qemu { program: "/nonexistent/qemu".into(), ..Qemu::default() };
         write_json(&cache, &Cached { boot: "another".to_owned(), program, kvm: kept.clone() }).unwrap();
         assert_ne!(probe(&nothing, &cache).await, kept);
         // A program that can't be run may be installed in a moment.

@@ -49,7 +49,7 @@ pub use machine::Machine;
 pub use machines::{Adopted, MachineError, Machines, SshKey};
 pub use spec::{
     Accel, Access, Arch, Assigned, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, HostPort, Mac,
-    MacAddr, Memory, Network, Protocol, Secret, Seed, Snapshot, Spec,
+    MacAddr, Memory, Network, Protocol, Secret, Seed, Share, Snapshot, Spec,
 };
 pub use template::{Template, TemplateError, TemplateId, TemplateKey, Templates};
 pub use vmpod_network::learn::{Learnt, Source as LearntFrom};

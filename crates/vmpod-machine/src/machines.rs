@@ -164,6 +164,12 @@ impl Machines {
             .map_err(|source| MachineError::Io { action: "make the directory", path: root, source })
     }
 
+    /// Why machines can't share directories with this host; none if they can.
+    #[must_use]
+    pub fn no_shares(&self) -> Option<String> {
+        self.inner.hypervisor.no_shares()
+    }
+
     /// The name of the hypervisor.
     #[must_use]
     pub fn hypervisor(&self) -> &'static str {

@@ -34,6 +34,7 @@ use crate::spec::{Accel, Arch, Boot, Firmware, GuestOs, Network, Snapshot, Spec}
 mod args;
 mod process;
 mod qmp;
+mod shares;
 mod snapshot;
 
 pub use args::args;
@@ -56,11 +57,13 @@ const FIND_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 15 }
 pub struct Qemu {
     /// The program for guests of this host's architecture; looked up in `PATH` when it is a bare name.
     pub program: PathBuf,
+    /// The program that shares directories with guests; the distribution's own when none is named.
+    pub virtiofsd: Option<PathBuf>,
 }
 
 impl Default for Qemu {
     fn default() -> Self {
-        Self { program: PathBuf::from(program_name(Arch::host().unwrap_or(Arch::Amd64))) }
+        Self { program: PathBuf::from(program_name(Arch::host().unwrap_or(Arch::Amd64))), virtiofsd: None }
     }
 }
 
@@ -146,6 +149,7 @@ impl Hypervisor for Qemu {
         let log_too = log.try_clone().map_err(HypervisorError::io("can't duplicate a file descriptor"))?;
         let mut watch = Watch::new(&dir.file(SOCKET)).map_err(HypervisorError::io("can't watch the directory"))?;
         let program = self.program(spec.arch);
+        let shares = shares::Shares::open(spec, dir, self.virtiofsd.as_deref())?;
         let mut command = std::process::Command::new(program);
         command
             .args(args(spec, code, Path::new("/dev/vhost-net").exists()))
@@ -154,11 +158,14 @@ impl Hypervisor for Qemu {
             .stdout(Stdio::from(log_too))
             .stderr(Stdio::from(log));
         session::of_its_own(&mut command);
+        let shares = shares.connect(&mut command)?;
         let child = tokio::process::Command::from(command).spawn().map_err(|source| HypervisorError::Program {
             program: program.display().to_string(),
             mend: MEND,
             source,
         })?;
+        // Until its directories are served it doesn't answer; without them it ends.
+        shares.serve()?;
         let mut child = Some(child);
         let answer = tokio::time::timeout(START_LIMIT, async {
             loop {
@@ -171,10 +178,10 @@ impl Hypervisor for Qemu {
                 tokio::select! {
                     status = child.wait() => {
                         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-                        return Err(HypervisorError::DiedAtStart {
-                            hypervisor: "qemu",
-                            output: last_words(&dir.file(LOG), 3).unwrap_or(status),
-                        });
+                        let words = [last_words(&dir.file(shares::LOG), 1), last_words(&dir.file(LOG), 3)];
+                        let words: Vec<_> = words.into_iter().flatten().collect();
+                        let output = if words.is_empty() { status } else { words.join("; ") };
+                        return Err(HypervisorError::DiedAtStart { hypervisor: "qemu", output });
                     }
                     changed = watch.changed() => changed.map_err(HypervisorError::io("can't watch the directory"))?,
                     // The socket's name appears an instant before it listens.
@@ -243,6 +250,10 @@ impl Hypervisor for Qemu {
         }
     }
 
+    fn no_shares(&self) -> Option<String> {
+        shares::program(self.virtiofsd.as_deref()).err()
+    }
+
     async fn snapshots(&self, accel: Accel) -> Option<String> {
         let version = self.version().await.ok()?;
         Some(format!("{version}; {}", processor(accel)))
@@ -265,6 +276,10 @@ impl Hypervisor for Qemu {
 fn refuse(spec: &Spec) -> Result<(), HypervisorError> {
     if spec.os == GuestOs::Macos || spec.networks.iter().any(|network| matches!(network, Network::Vmnet { .. })) {
         let why = "macOS guests and Apple's networks need Apple's Virtualization framework: run this machine on a Mac";
+        return Err(HypervisorError::Unsupported(why.to_owned()));
+    }
+    if spec.snapshot.is_some() && !spec.shares.is_empty() {
+        let why = "a machine that shares directories with its host has no memory snapshot";
         return Err(HypervisorError::Unsupported(why.to_owned()));
     }
     Ok(())

@@ -408,6 +408,18 @@ pub struct Spec {
     /// What makes it a Mac, when its guest is macOS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
+    /// Directories of this host that the guest can mount. Such a machine neither makes nor comes from a memory snapshot.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<Share>,
+}
+
+/// A directory of this host in the guest, by virtiofs: `mount -t virtiofs TAG PLACE`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// The name by which the guest mounts it: at most 36 bytes (virtio 1.2, 5.11.4), of a-z, 0-9 and '-'.
+    pub tag: String,
+    /// The directory. The guest's root can do in it what whoever runs the hypervisor can.
+    pub path: PathBuf,
 }
 
 /// The hardware that an installed macOS is bound to.
@@ -511,6 +523,7 @@ pub(crate) mod tests {
             accel: Accel::Tcg,
             snapshot: None,
             mac: None,
+            shares: Vec::new(),
         }
     }
 

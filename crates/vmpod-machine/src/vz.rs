@@ -66,6 +66,10 @@ impl Hypervisor for Vz {
         NAME
     }
 
+    fn no_shares(&self) -> Option<String> {
+        None
+    }
+
     fn leases(&self) -> Option<&Path> {
         Some(&self.leases)
     }

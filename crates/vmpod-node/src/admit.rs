@@ -133,13 +133,22 @@ const CAPABILITIES: [&str; 15] = [
     "SYS_CHROOT",
 ];
 
-/// Decides by the containers beside the machine. `no_engine` is why none can run here.
-pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusal> {
+/// What a node lacks for pods with containers beside their machine: why, in words.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Lacks {
+    /// Nothing runs such containers.
+    pub(crate) engine: Option<String>,
+    /// Machines can't share directories with them.
+    pub(crate) shares: Option<String>,
+}
+
+/// Decides by the containers beside the machine.
+pub(crate) fn company(pod: &Pod, lacks: Lacks) -> Result<(), Refusal> {
     let members = sidecars::members(pod);
     if members.is_empty() {
         return Ok(());
     }
-    if let Some(why) = no_engine {
+    if let Some(why) = lacks.engine {
         let message = format!("The Pod has containers beside its virtual machine, which Docker runs, and {why}");
         return Err(Refusal::new("SidecarsUnsupported", message));
     }
@@ -162,7 +171,24 @@ pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusa
         .map(|volume| volume.name.as_str())
         .collect();
     let mounts = |container: &Container| container.volume_mounts.clone().unwrap_or_default();
-    let machines: Vec<_> = pod::machine_container(pod).map(mounts).unwrap_or_default();
+    let shared = volumes::shared(pod);
+    if let (Some(name), Some(why)) = (shared.first(), lacks.shares) {
+        let message =
+            format!("Volume {name:?} is an emptyDir of the virtual machine and the containers beside it, and {why}");
+        return Err(Refusal::new("VolumesUnsupported", message));
+    }
+    let in_memory = |name: &str| {
+        let mut all = spec.and_then(|spec| spec.volumes.as_deref()).unwrap_or_default().iter();
+        let medium =
+            all.find(|volume| volume.name == name).and_then(|volume| volume.empty_dir.as_ref()?.medium.as_deref());
+        medium == Some("Memory")
+    };
+    if let Some(name) = shared.iter().find(|name| in_memory(name)) {
+        let message = format!(
+            "Volume {name:?} is an emptyDir in memory that the virtual machine and a container beside it mount: they share directories on disk only"
+        );
+        return Err(Refusal::new("VolumesUnsupported", message));
+    }
     for member in members {
         let container = member.container;
         let refuse = |what: &str| {
@@ -193,13 +219,6 @@ pub(crate) fn company(pod: &Pod, no_engine: Option<String>) -> Result<(), Refusa
             if below(&mount.sub_path) || below(&mount.sub_path_expr) {
                 // Another container of the pod could put a link there that leads out of the volume.
                 return refuse("subPath of an emptyDir");
-            }
-            if machines.iter().any(|other| other.name == mount.name) {
-                let message = format!(
-                    "Volume {:?} is an emptyDir that both the virtual machine and container {:?} mount: they can't share one on this node",
-                    mount.name, container.name
-                );
-                return Err(Refusal::new("VolumesUnsupported", message));
             }
         }
     }
@@ -398,15 +417,25 @@ mod tests {
 
     #[test]
     fn what_sidecars_may_not_have_is_refused_by_name() {
-        let vm = json!({"name": "vm", "volumeMounts": [{"name": "shared", "mountPath": "/s"}]});
-        let volumes = json!([{"name": "shared", "emptyDir": {}}, {"name": "own", "emptyDir": {}}]);
+        let mounts = json!([{"name": "shared", "mountPath": "/s"}, {"name": "fast", "mountPath": "/f"}]);
+        let vm = json!({"name": "vm", "volumeMounts": mounts});
+        let volumes = json!([
+            {"name": "shared", "emptyDir": {}}, {"name": "own", "emptyDir": {}}, {"name": "fast", "emptyDir": {"medium": "Memory"}}]);
+        let no_engine = || Lacks { engine: Some("there is none".to_owned()), ..Lacks::default() };
         let with = |side: Value| pod(json!({"containers": [vm, side], "volumes": volumes}));
-        assert_eq!(company(&pod(json!({"containers": [vm]})), Some("there is none".to_owned())), Ok(()));
+        assert_eq!(company(&pod(json!({"containers": [vm]})), no_engine()), Ok(()));
         let fine = json!({"name": "a", "image": "i", "volumeMounts": [{"name": "own", "mountPath": "/o"}]});
-        assert_eq!(company(&with(fine.clone()), None), Ok(()));
-        let refusal = company(&with(fine), Some("there is none".to_owned())).unwrap_err();
+        assert_eq!(company(&with(fine.clone()), Lacks::default()), Ok(()));
+        let refusal = company(&with(fine.clone()), no_engine()).unwrap_err();
         assert_eq!(refusal.reason, "SidecarsUnsupported");
         assert!(refusal.message.ends_with("and there is none"), "{}", refusal.message);
+        let shares = json!({"name": "a", "image": "i", "volumeMounts": [{"name": "shared", "mountPath": "/o"}]});
+        assert_eq!(company(&with(shares.clone()), Lacks::default()), Ok(()));
+        let lacks = Lacks { shares: Some("virtiofsd isn't there".to_owned()), ..Lacks::default() };
+        assert_eq!(company(&with(fine), lacks.clone()), Ok(()), "only who shares one needs it");
+        let refusal = company(&with(shares), lacks).unwrap_err();
+        let words = "Volume \"shared\" is an emptyDir of the virtual machine and the containers beside it, and virtiofsd isn't there";
+        assert_eq!((refusal.reason, refusal.message.as_str()), ("VolumesUnsupported", words));
         for (side, want) in [
             (json!({"name": "a"}), "FieldUnsupported"),
             (
@@ -423,7 +452,7 @@ mod tests {
                 "FieldUnsupported",
             ),
             (
-                json!({"name": "a", "image": "i", "volumeMounts": [{"name": "shared", "mountPath": "/o"}]}),
+                json!({"name": "a", "image": "i", "volumeMounts": [{"name": "fast", "mountPath": "/o"}]}),
                 "VolumesUnsupported",
             ),
             (
@@ -431,13 +460,13 @@ mod tests {
                 "FieldUnsupported",
             ),
         ] {
-            assert_eq!(reason(company(&with(side.clone()), None)), Some(want), "{side}");
+            assert_eq!(reason(company(&with(side.clone()), Lacks::default())), Some(want), "{side}");
         }
         for field in ["hostPID", "hostIPC", "shareProcessNamespace"] {
             let mut spec = json!({"containers": [vm, {"name": "a", "image": "i"}]});
-            assert_eq!(company(&pod(spec.clone()), None), Ok(()));
+            assert_eq!(company(&pod(spec.clone()), Lacks::default()), Ok(()));
             spec[field] = true.into();
-            assert_eq!(reason(company(&pod(spec), None)), Some("FieldUnsupported"), "{field}");
+            assert_eq!(reason(company(&pod(spec), Lacks::default())), Some("FieldUnsupported"), "{field}");
         }
     }
 

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use futures::{StreamExt as _, TryStreamExt as _, stream::BoxStream};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
-use tokio::io::{AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use vmpod_machine::{Exec, ExecSession, ExitStatus, Guest, GuestState, Machine, Signal, State, Winsize};
 
 use crate::{
@@ -330,20 +330,46 @@ impl Runtime for Agent {
         status.map(exit).map_err(guest_error(what))
     }
 
-    async fn attach(&self, target: &Target, request: AttachRequest, streams: Streams) -> Result<Exit, RuntimeError> {
+    async fn attach(&self, target: &Target, _request: AttachRequest, streams: Streams) -> Result<Exit, RuntimeError> {
         if let Some(life) = self.running_sidecar(target)? {
             return self.attach_beside(target, &life, streams).await;
         }
         let (view, machine) = self.running(target)?;
-        if streams.stdin.is_some() && !request.tty && view.run.as_ref().is_some_and(|run| !run.command.is_empty()) {
-            tracing::debug!(%target, "attach: the main process has no input; only its output is passed on");
+        let container = view.pod.as_deref().and_then(pod::machine_container);
+        let has_main = view.run.as_ref().is_some_and(|run| !run.command.is_empty());
+        // As the kubelet: input goes to a container that has one.
+        let reads = has_main && container.is_some_and(|container| container.stdin == Some(true));
+        let last = container.is_some_and(|container| container.stdin_once == Some(true));
+        let Streams { stdin, stdout, stderr, .. } = streams;
+        let main = machine.guest().main_process(MAIN);
+        let feed = async {
+            let Some(stdin) = stdin.filter(|_| reads) else { return Ok(()) };
+            feed(main.input(last).await?, stdin).await
+        };
+        if stdout.is_none() && stderr.is_none() {
+            // A caller that only writes is done when all of it has arrived.
+            let given = feed.await.map_err(guest_error(format!("could not give {target} its input")));
+            return given.map(|()| Exit::Code(0));
         }
         let file = self.log_file(target, false)?;
-        let Streams { stdout, stderr, .. } = streams;
-        let has_main = view.run.as_ref().is_some_and(|run| !run.command.is_empty());
-        tokio::join!(follow(file.clone(), logs::Stream::Stdout, stdout), follow(file, logs::Stream::Stderr, stderr));
+        let outputs = async {
+            tokio::join!(
+                follow(file.clone(), logs::Stream::Stdout, stdout),
+                follow(file, logs::Stream::Stderr, stderr)
+            );
+        };
+        let feeding = async {
+            if let Err(error) = feed.await {
+                tracing::info!(%target, error = error_chain(&error), "attach: the container gets no input");
+            }
+            std::future::pending::<()>().await;
+        };
+        tokio::select! {
+            () = outputs => {}
+            () = feeding => {}
+        }
         if has_main {
-            let status = machine.guest().main_process(MAIN).wait().await;
+            let status = main.wait().await;
             return status.map(exit).map_err(guest_error(format!("could not learn how {target} ended")));
         }
         Ok(Exit::Code(0))
@@ -488,6 +514,19 @@ impl Drop for KillOnDrop {
             control.signal(Signal::Kill);
         }
     }
+}
+
+/// Passes a caller's input on, to its end.
+async fn feed(
+    mut session: ExecSession,
+    mut from: Box<dyn AsyncRead + Send + Unpin>,
+) -> Result<(), vmpod_machine::GuestError> {
+    if let Some(mut to) = session.stdin.take() {
+        // A process that ended reads no more.
+        tokio::io::copy(&mut from, &mut to).await.ok();
+        to.shutdown().await.ok();
+    }
+    session.output().await.map(drop)
 }
 
 async fn unreachable_wait() -> Result<ExitStatus, vmpod_machine::GuestError> {

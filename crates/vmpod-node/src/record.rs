@@ -242,6 +242,11 @@ impl Records {
         self.root.join(uid.as_str())
     }
 
+    /// What a pod's machine and the containers beside it share, each volume by its name.
+    pub(crate) fn shared(&self, uid: &PodUid) -> PathBuf {
+        self.dir(uid).join("shared")
+    }
+
     /// The log of a container's attempt.
     pub(crate) fn log(&self, uid: &PodUid, container: &str, attempt: u32) -> PathBuf {
         self.dir(uid).join(container).join(format!("{attempt}.log"))

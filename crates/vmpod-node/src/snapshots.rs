@@ -494,6 +494,9 @@ fn unfit(spec: &Spec) -> Option<&'static str> {
     if spec.learns().is_some() {
         return Some("the machine is on a bridge where its address has to be learnt");
     }
+    if !spec.shares.is_empty() {
+        return Some("the machine shares a volume with the containers beside it, which needs memory of its own");
+    }
     if spec.seed.is_none() {
         return Some("the image reads no first-boot seed, so its guest can't take a new identity");
     }

@@ -10,7 +10,7 @@ use vmpod_image::{
 };
 use vmpod_machine::{
     Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, Mac, MacAddr, MachineId,
-    Memory, Network, Protocol, Secret, Seed, Spec,
+    Memory, Network, Protocol, Secret, Seed, Share, Spec,
 };
 
 use crate::{
@@ -18,6 +18,7 @@ use crate::{
     options::MachineDefaults,
     pod::{self, PodUid},
     quantity::Nanos,
+    volumes,
 };
 
 /// Why a pod and its image don't make a machine: reason `CreateContainerError`, with this message.
@@ -102,6 +103,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) host: Option<Arch>,
     /// Whether ports below 1024 can be forwarded.
     pub(crate) low_ports: bool,
+    /// The directory that the machine shares with the containers beside it, if it does.
+    pub(crate) shared: Option<PathBuf>,
 }
 
 /// The port at a machine's address that leads to its SSH server, unless the pod wants it for itself.
@@ -190,6 +193,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
         snapshot: None,
         mac,
+        shares: parts.shared.map(|path| Share { tag: volumes::SHARE.to_owned(), path }).into_iter().collect(),
     })
 }
 
@@ -300,6 +304,7 @@ mod tests {
             accel: Accel::Kvm,
             host: Some(Arch::Amd64),
             low_ports: false,
+            shared: None,
         };
         change(&mut parts);
         machine(parts)

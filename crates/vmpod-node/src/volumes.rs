@@ -15,13 +15,14 @@ use crate::{
     env::{self, Facts, Fetched, Needs},
     pod,
     quantity::Nanos,
+    sidecars,
 };
 
 mod archive;
 mod host;
 mod keeper;
 
-pub(crate) use host::{file_of, write};
+pub(crate) use host::{file_of, share, write};
 pub(crate) use keeper::{Contents, REFRESH, keep};
 
 /// A file of a volume.
@@ -41,6 +42,8 @@ pub(crate) enum Content {
     Files(Files),
     /// An empty directory on the guest's disk.
     Disk,
+    /// An empty directory on this host, for the machine and the containers beside it.
+    Shared,
     /// An empty directory in the guest's memory, of at most so many bytes.
     Memory(Option<u64>),
 }
@@ -108,6 +111,23 @@ pub(crate) fn unsupported(volume: &Volume) -> Option<String> {
         .ok()
         .and_then(|value| value.as_object().and_then(|fields| fields.keys().find(|key| *key != "name").cloned()));
     Some(kind.unwrap_or_else(|| "a volume without a source".to_owned()))
+}
+
+/// The name under which the guest mounts [`shared`] directories: each is in it by its volume's name.
+pub(crate) const SHARE: &str = "vmpod";
+
+/// The empty directories that the machine and a container beside it mount.
+pub(crate) fn shared(pod: &Pod) -> BTreeSet<&str> {
+    let mounts =
+        |container: &Container, name: &str| container.volume_mounts.iter().flatten().any(|mount| mount.name == name);
+    let machine = pod::machine_container(pod);
+    let members = sidecars::members(pod);
+    let both = |name: &str| {
+        machine.is_some_and(|machine| mounts(machine, name))
+            && members.iter().any(|member| mounts(member.container, name))
+    };
+    let empty = volumes(pod).iter().filter(|volume| volume.empty_dir.is_some());
+    empty.map(|volume| volume.name.as_str()).filter(|name| both(name)).collect()
 }
 
 /// The projected volume that the `ServiceAccount` admission adds to every pod of a real cluster.
@@ -206,6 +226,8 @@ impl Build<'_> {
             let limit = empty.size_limit.as_ref().and_then(|q| Nanos::parse(&q.0).ok()).map(Nanos::units_up);
             return Ok(if empty.medium.as_deref() == Some("Memory") {
                 Content::Memory(limit.filter(|limit| *limit > 0))
+            } else if shared(self.pod).contains(name.as_str()) {
+                Content::Shared
             } else {
                 Content::Disk
             });

@@ -14,7 +14,7 @@ use vmpod_machine::{Accel, FaultPoints, Machine, MachineId, Machines, loopback};
 use vmpod_network::{Subnet, nat::Nat};
 
 use crate::{
-    admit::{self, Refusal, Room},
+    admit::{self, Lacks, Refusal, Room},
     env::Facts,
     error_chain,
     events::Events,
@@ -117,6 +117,11 @@ impl World {
         }
         let found = self.ledger.address(uid, &uid.machine(attempt), &mode, &self.machines.addresses());
         found.map(Some).ok_or(NoAddress)
+    }
+
+    /// What pods with containers beside their machine can't have here.
+    pub(crate) fn lacks(&self) -> Lacks {
+        Lacks { engine: self.engine.missing(), shares: self.machines.no_shares() }
     }
 
     /// Whether machines are those of Apple's framework.
@@ -240,13 +245,12 @@ impl Ledger {
 
     /// Decides whether a pod may run here, and counts it in if so.
     ///
-    /// `no_engine` is why no containers can run beside machines here.
-    pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str, no_engine: Option<String>) -> Result<(), Refusal> {
+    pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str, lacks: Lacks) -> Result<(), Refusal> {
         admit::supported(pod, self.privileged)?;
         if self.apple {
             admit::on_apple(pod)?;
         }
-        admit::company(pod, no_engine)?;
+        admit::company(pod, lacks)?;
         let mut book = self.book();
         let used = book.admitted.iter().filter(|(other, _)| *other != uid);
         let (count, used) =
@@ -306,10 +310,10 @@ mod tests {
         let uid = PodUid::parse("a").unwrap();
         let ledger = |apple| Ledger::new(Requests { millicpus: 1000, memory: 100, ephemeral: 0 }, 10).on_apple(apple);
         let asks = pod(json!([{"containerPort": 22, "hostPort": 2222}]));
-        let refusal = ledger(true).admit(&uid, &asks, "n", None).unwrap_err();
+        let refusal = ledger(true).admit(&uid, &asks, "n", Lacks::default()).unwrap_err();
         assert!(refusal.message.starts_with("hostPort 2222: "), "{}", refusal.message);
-        ledger(true).admit(&uid, &pod(json!([{"containerPort": 22}])), "n", None).unwrap();
-        ledger(false).admit(&uid, &asks, "n", None).unwrap();
+        ledger(true).admit(&uid, &pod(json!([{"containerPort": 22}])), "n", Lacks::default()).unwrap();
+        ledger(false).admit(&uid, &asks, "n", Lacks::default()).unwrap();
     }
 
     #[test]
@@ -320,9 +324,9 @@ mod tests {
         )
         .unwrap();
         let (a, b) = (PodUid::parse("a").unwrap(), PodUid::parse("b").unwrap());
-        ledger.admit(&a, &pod, "n", None).unwrap();
-        ledger.admit(&a, &pod, "n", None).unwrap();
-        assert_eq!(ledger.admit(&b, &pod, "n", None).unwrap_err().reason, "OutOfmemory");
+        ledger.admit(&a, &pod, "n", Lacks::default()).unwrap();
+        ledger.admit(&a, &pod, "n", Lacks::default()).unwrap();
+        assert_eq!(ledger.admit(&b, &pod, "n", Lacks::default()).unwrap_err().reason, "OutOfmemory");
         let (user, none) = (&NetworkMode::User, BTreeSet::new());
         let first = ledger.address(&a, &a.machine(0), user, &none).unwrap();
         assert_eq!(
@@ -333,6 +337,6 @@ mod tests {
         let taken = BTreeSet::from([ledger.address(&b, &b.machine(0), user, &none).unwrap()]);
         assert!(!taken.contains(&first));
         ledger.release(&a);
-        ledger.admit(&b, &pod, "n", None).unwrap();
+        ledger.admit(&b, &pod, "n", Lacks::default()).unwrap();
     }
 }

@@ -112,7 +112,11 @@ impl Hypervisor {
 
 /// The QEMU that was named, or this architecture's.
 pub(crate) fn qemu(args: &args::Hypervisor) -> Qemu {
-    args.qemu.clone().map_or_else(Qemu::default, |program| Qemu { program })
+    let qemu = Qemu { virtiofsd: args.virtiofsd.clone(), ..Qemu::default() };
+    match args.qemu.clone() {
+        Some(program) => Qemu { program, ..qemu },
+        None => qemu,
+    }
 }
 
 /// What executes the guests: what was asked for, else the fastest that works here.

@@ -318,7 +318,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_missing_qemu_is_broken_and_has_a_mend() {
-        let (check, runs) = check_qemu(&Qemu { program: "/no/such/qemu".into() }).await;
+        let (check, runs) = check_qemu(&Qemu { program: "/no/such/qemu".into(), ..Qemu::default() }).await;
         assert_eq!((check.state, runs), (State::Broken, false));
         assert!(check.mend.unwrap().contains("--qemu"));
     }

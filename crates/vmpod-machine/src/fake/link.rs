@@ -112,7 +112,13 @@ impl Link for FakeLink {
             }
             let output =
                 script.output.iter().map(|(stream, text)| (*stream, bytes::Bytes::from(text.clone()))).collect();
-            let main = Main { command: command.clone(), output, exit: None, ignores_term: script.ignores_term };
+            let main = Main {
+                command: command.clone(),
+                output,
+                exit: None,
+                ignores_term: script.ignores_term,
+                input: Vec::new(),
+            };
             fake.mains.insert(name.to_owned(), main);
             inner.events.push(Event::MainStarted(self.id.clone(), name.to_owned()));
         }
@@ -149,6 +155,25 @@ impl Link for FakeLink {
 
     async fn main_wait(&self, name: &str) -> Result<ExitStatus, GuestError> {
         self.ask(name, |main| main.exit.clone()).await
+    }
+
+    async fn main_input(&self, name: &str, _last: bool) -> Result<ExecSession, GuestError> {
+        self.ask(name, |main| main.command.stdin.then_some(())).await?;
+        let (stdin, mut theirs) = tokio::io::duplex(64 << 10);
+        let (control, carrier) = ExecCarrier::pair();
+        let (world, id, name) = (self.world.clone(), self.id.clone(), name.to_owned());
+        tokio::spawn(async move {
+            let mut input = Vec::new();
+            theirs.read_to_end(&mut input).await.ok();
+            world.with(&id, |fake| {
+                if let Some(main) = fake.mains.get_mut(&name) {
+                    main.input.extend(input);
+                }
+            });
+            carrier.finish(Ok(ExitStatus::Code(0)));
+        });
+        let nothing = || Box::new(tokio::io::empty()) as _;
+        Ok(ExecSession { stdin: Some(Box::new(stdin)), stdout: nothing(), stderr: nothing(), control })
     }
 
     async fn main_signal(&self, name: &str, signal: Signal) -> Result<(), GuestError> {

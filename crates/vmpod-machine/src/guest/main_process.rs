@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use futures::stream::BoxStream;
 
-use super::{ExitStatus, GuestError, Link, Signal};
+use super::{ExecSession, ExitStatus, GuestError, Link, Signal};
 
 /// What the main process runs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct MainCommand {
     pub env: Vec<(String, String)>,
     /// Working directory; the login directory when none.
     pub workdir: Option<String>,
+    /// Whether its standard input is open, for [`MainProcess::input`]. Without, it reads end-of-file.
+    pub stdin: bool,
 }
 
 /// Whether a start was the first.
@@ -110,6 +112,12 @@ impl MainProcess {
     /// Waits for its end, over lost connections and agents' deaths.
     pub async fn wait(&self) -> Result<ExitStatus, GuestError> {
         self.link.main_wait(&self.name).await
+    }
+
+    /// Opens its standard input: what is written to the session's own arrives there. The process reads no end-of-file when the
+    /// session's input ends, unless that is to be the `last`. One that has no input, or none any more, is an error.
+    pub async fn input(&self, last: bool) -> Result<ExecSession, GuestError> {
+        self.link.main_input(&self.name, last).await
     }
 
     /// Sends it a signal. One that has ended already is no error.

@@ -300,6 +300,12 @@ impl Link for SshLink {
         }
     }
 
+    async fn main_input(&self, name: &str, last: bool) -> Result<ExecSession, GuestError> {
+        supervisor::check_name(name)?;
+        let words = [name, if last { "last" } else { "more" }];
+        supervisor::Runner::open(self, &supervisor::input_script(), &words, true).await
+    }
+
     async fn main_signal(&self, name: &str, signal: Signal) -> Result<(), GuestError> {
         supervisor::check_name(name)?;
         let script = supervisor::signal_script();

@@ -10,6 +10,7 @@
 //! | `pid` | its process number |
 //! | `exit` | its exit code, renamed into place |
 //! | `live` | a pipe held open by the supervisor for as long as it lives |
+//! | `in` | the process's input, when it has one: a pipe held open by the process in `holder`, so that it ends with that |
 //!
 //! *Started at most once*: the directory is made by `mkdir`, which succeeds for one caller only, and only after the whole
 //! command has arrived. *Nobody polls for the end*: who waits reads from `live`, and the kernel ends that read when the
@@ -57,6 +58,8 @@ if [ "$(tail -n 1 "$new/run")" != '# whole' ]; then rm -rf "$new"; echo 'the com
 : >"$new/err"
 printf '%s' "$supervise" >"$new/supervise"
 mkfifo "$new/live" || exit 1
+[ "$(tail -n 2 "$new/run")" != '# input
+# whole' ] || mkfifo "$new/in" || exit 1
 if ! mkdir "$m" 2>/dev/null; then
   rm -rf "$new"
   [ -d "$m" ] || { echo "can not make $m" >&2; exit 1; }
@@ -75,8 +78,15 @@ nohup sh "$m/supervise" "$m" "$mask" </dev/null >/dev/null 2>&1 &
 
 /// The supervisor itself: `$1` is the directory, `$2` the umask; descriptor 9 is `live`.
 const SUPERVISE: &str = r#"umask "$2"
-sh "$1/run" "$1" </dev/null >>"$1/out" 2>>"$1/err" 9>&-
+input=/dev/null
+if [ -p "$1/in" ]; then
+  input=$1/in
+  # Who opens it to read waits for this.
+  sh -c 'exec 8<>"$1/in"; echo "$$" >"$1/holder"; exec sleep 2147483647' hold "$1" </dev/null >/dev/null 2>&1 9>&- &
+fi
+sh "$1/run" "$1" <"$input" >>"$1/out" 2>>"$1/err" 9>&-
 code=$?
+[ ! -e "$1/holder" ] || kill "$(cat "$1/holder")" 2>/dev/null
 umask 077
 echo "$code" >"$1/exit.new" && mv "$1/exit.new" "$1/exit"
 "#;
@@ -135,6 +145,21 @@ while [ ! -s "$m/pid" ] && [ ! -e "$m/exit" ] && [ "$n" -lt 10 ]; do sleep 1; n=
 kill -s "$2" "$(cat "$m/pid")" 2>/dev/null || [ -e "$m/exit" ] || ! kill -s 0 "$(cat "$m/pid")" 2>/dev/null
 "#;
 
+/// Passes its own input on to the process; with `$2` = last, there is none after it. Opened for both: to write alone would wait
+/// for a reader.
+const INPUT: &str = r#"
+[ -p "$m/in" ] && [ ! -e "$m/exit" ] || { echo 'it reads no input' >&2; exit 66; }
+exec 8<>"$m/in"
+cat >&8
+exec 8>&-
+[ "$2" != last ] || { rm -f "$m/in"; kill "$(cat "$m/holder")" 2>/dev/null; }
+exit 0
+"#;
+
+pub(super) fn input_script() -> String {
+    format!("{FIND}{INPUT}")
+}
+
 pub(super) fn start_script() -> String {
     format!("{FIND}supervise={}\n{START}", shell::quote(SUPERVISE))
 }
@@ -154,9 +179,10 @@ pub(super) fn run_file(command: &MainCommand) -> Result<String, GuestError> {
     }
     let cd = command.workdir.as_deref().map(carry::change_directory).unwrap_or_default();
     let text = format!(
-        "echo \"$$\" >\"$1/pid\"\n{}\n{cd}\nexec {}\n# whole\n",
+        "echo \"$$\" >\"$1/pid\"\n{}\n{cd}\nexec {}\n{}# whole\n",
         carry::exports(&command.env, false)?,
-        shell::join(&command.command)
+        shell::join(&command.command),
+        if command.stdin { "# input\n" } else { "" },
     );
     if text.contains('\0') {
         return Err(GuestError::Invalid("a command, its directory and its environment can't hold NUL".to_owned()));

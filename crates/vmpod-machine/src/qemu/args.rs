@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{SOCKET, VARIABLES};
+use super::{SOCKET, VARIABLES, shares};
 use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Forward, Network, Protocol, Snapshot, Spec};
 use crate::{renewal, seed, template};
 
@@ -79,6 +79,10 @@ pub fn args(spec: &Spec, firmware: Option<&Path>, vhost: bool) -> Vec<OsString> 
         // Without its ROM: nobody boots from this network, and loading it takes time.
         line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile=", network.mac()));
     }
+    for (index, share) in spec.shares.iter().enumerate() {
+        line.add("-chardev", format!("socket,id=share{index},fd={}", shares::descriptor(index)));
+        line.add("-device", format!("vhost-user-fs-pci,chardev=share{index},tag={}", share.tag));
+    }
     if spec.template().is_some() {
         line.add("-incoming", "defer");
     }
@@ -94,6 +98,11 @@ fn memory(line: &mut Line, spec: &Spec) {
         Some(Snapshot::Make) => Some((Path::new(template::MEMORY).to_owned(), "share=on")),
         Some(Snapshot::From(template)) => Some((template.join(template::MEMORY), "share=off,readonly=on,rom=off")),
     };
+    if !spec.shares.is_empty() {
+        // Whoever serves a directory reads and writes the guest's memory.
+        line.add("-object", format!("memory-backend-memfd,id=ram,size={size},share=on"));
+        line.add("-machine", "memory-backend=ram");
+    }
     if let Some((path, how)) = file {
         // In QEMU's option syntax a comma in a value is written twice.
         let path = path.to_string_lossy().replace(',', ",,");
@@ -218,7 +227,7 @@ mod tests {
     use super::*;
     use crate::spec::tests::spec;
     use crate::spec::{Assigned, HostPort};
-    use crate::{Cpus, Disk, MacAddr, Memory, Seed};
+    use crate::{Cpus, Disk, MacAddr, Memory, Seed, Share};
 
     fn show(spec: &Spec, firmware: Option<&Path>) -> String {
         let mut text = String::new();
@@ -331,6 +340,20 @@ mod tests {
         let wanted = "-netdev tap,id=net0,ifname=vmp0123456789a,script=no,downscript=no,vhost=on\n-device virtio-net-pci,netdev=net0,mac=";
         assert!(text.contains(wanted), "{text}");
         assert_eq!(spec.ssh_address(), Some(([10, 201, 0, 7], 22).into()));
+    }
+
+    #[test]
+    fn a_shared_directory_is_served_from_the_guests_own_memory() {
+        let mut spec = spec("tiny-0");
+        spec.shares = vec![Share { tag: "vmpod".to_owned(), path: "/pods/u/shared".into() }];
+        let text = show(&spec, None);
+        for wanted in [
+            "\n-object memory-backend-memfd,id=ram,size=256M,share=on\n-machine memory-backend=ram\n-m 256M\n",
+            "\n-chardev socket,id=share0,fd=10\n-device vhost-user-fs-pci,chardev=share0,tag=vmpod",
+        ] {
+            assert!(text.contains(wanted), "{text}");
+        }
+        assert!(!text.contains("/pods/u"), "QEMU itself doesn't see the directory: {text}");
     }
 
     #[test]

@@ -39,7 +39,7 @@ async fn a_silent_holder_is_reported_refused_and_destroyed() {
 #[tokio::test]
 async fn a_program_that_is_missing_is_named() {
     let root = tempfile::tempdir().unwrap();
-    let qemu = Qemu { program: "/nonexistent/qemu".into() };
+    let qemu = Qemu { program: "/nonexistent/qemu".into(), ..Qemu::default() };
     let error = qemu.start(&spec("a"), &dir(root.path())).await.err().unwrap();
     insta::assert_snapshot!(error, @"can't run /nonexistent/qemu: install it, or name another with --qemu");
 }
@@ -50,6 +50,6 @@ async fn a_process_that_dies_at_its_start_leaves_its_words() {
     let program = root.path().join("qemu");
     std::fs::write(&program, "#!/bin/sh\necho 'could not open disk image' >&2\nexit 1\n").unwrap();
     std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let error = Qemu { program }.start(&spec("a"), &dir(root.path())).await.err().unwrap();
+    let error = Qemu { program, ..Qemu::default() }.start(&spec("a"), &dir(root.path())).await.err().unwrap();
     insta::assert_snapshot!(error, @"qemu ended while it was starting: could not open disk image");
 }

@@ -21,21 +21,22 @@ use objc2::runtime::{NSObject, NSObjectProtocol, ProtocolObject};
 use objc2::{AnyThread, DefinedClass, define_class, msg_send};
 use objc2_foundation::{NSArray, NSData, NSError, NSString, NSURL};
 use objc2_virtualization::{
-    VZBridgedNetworkDeviceAttachment, VZBridgedNetworkInterface, VZDiskImageCachingMode,
-    VZDiskImageStorageDeviceAttachment, VZDiskImageSynchronizationMode, VZEFIBootLoader, VZEFIVariableStore,
-    VZEFIVariableStoreInitializationOptions, VZErrorCode, VZErrorDomain, VZFileSerialPortAttachment,
-    VZGenericPlatformConfiguration, VZLinuxBootLoader, VZMACAddress, VZMacAuxiliaryStorage,
+    VZBridgedNetworkDeviceAttachment, VZBridgedNetworkInterface, VZDirectorySharingDeviceConfiguration,
+    VZDiskImageCachingMode, VZDiskImageStorageDeviceAttachment, VZDiskImageSynchronizationMode, VZEFIBootLoader,
+    VZEFIVariableStore, VZEFIVariableStoreInitializationOptions, VZErrorCode, VZErrorDomain,
+    VZFileSerialPortAttachment, VZGenericPlatformConfiguration, VZLinuxBootLoader, VZMACAddress, VZMacAuxiliaryStorage,
     VZMacGraphicsDeviceConfiguration, VZMacGraphicsDisplayConfiguration, VZMacHardwareModel, VZMacMachineIdentifier,
     VZMacOSBootLoader, VZMacPlatformConfiguration, VZNATNetworkDeviceAttachment, VZNetworkDevice,
-    VZNetworkDeviceConfiguration, VZSerialPortConfiguration, VZStorageDeviceConfiguration, VZUSBKeyboardConfiguration,
-    VZUSBScreenCoordinatePointingDeviceConfiguration, VZVirtioBlockDeviceConfiguration,
-    VZVirtioConsoleDeviceSerialPortConfiguration, VZVirtioEntropyDeviceConfiguration,
-    VZVirtioNetworkDeviceConfiguration, VZVirtioTraditionalMemoryBalloonDeviceConfiguration, VZVirtualMachine,
-    VZVirtualMachineConfiguration, VZVirtualMachineDelegate,
+    VZNetworkDeviceConfiguration, VZSerialPortConfiguration, VZSharedDirectory, VZSingleDirectoryShare,
+    VZStorageDeviceConfiguration, VZUSBKeyboardConfiguration, VZUSBScreenCoordinatePointingDeviceConfiguration,
+    VZVirtioBlockDeviceConfiguration, VZVirtioConsoleDeviceSerialPortConfiguration, VZVirtioEntropyDeviceConfiguration,
+    VZVirtioFileSystemDeviceConfiguration, VZVirtioNetworkDeviceConfiguration,
+    VZVirtioTraditionalMemoryBalloonDeviceConfiguration, VZVirtualMachine, VZVirtualMachineConfiguration,
+    VZVirtualMachineDelegate,
 };
 use tokio::sync::{oneshot, watch};
 
-use super::config::{Configuration, Disk, Display, Interface, Platform};
+use super::config::{Configuration, Disk, Display, Interface, Platform, Shared};
 use super::helper::{Ended, Engine, EngineError};
 use crate::spec::Spec;
 
@@ -299,6 +300,8 @@ fn build(from: &Configuration) -> Result<Retained<VZVirtualMachineConfiguration>
         let networks = from.networks.iter().map(network).collect::<Result<Vec<_>, _>>()?;
         made.setNetworkDevices(&NSArray::from_retained_slice(&networks));
         made.setSerialPorts(&NSArray::from_retained_slice(&[console(&from.console)?]));
+        let shares = from.shares.iter().map(share).collect::<Result<Vec<_>, _>>()?;
+        made.setDirectorySharingDevices(&NSArray::from_retained_slice(&shares));
         let entropy = Retained::into_super(VZVirtioEntropyDeviceConfiguration::new());
         made.setEntropyDevices(&NSArray::from_retained_slice(&[entropy]));
         let balloon = Retained::into_super(VZVirtioTraditionalMemoryBalloonDeviceConfiguration::new());
@@ -419,6 +422,24 @@ fn storage(disk: &Disk) -> Result<Retained<VZStorageDeviceConfiguration>, Engine
             VZVirtioBlockDeviceConfiguration::alloc(),
             &attachment,
         );
+        Ok(Retained::into_super(device))
+    }
+}
+
+/// A directory of this host, which the guest may write.
+fn share(from: &Shared) -> Result<Retained<VZDirectorySharingDeviceConfiguration>, EngineError> {
+    // SAFETY: objects that are made here and used by this thread alone.
+    unsafe {
+        let tag = match &from.tag {
+            Some(tag) => NSString::from_str(tag),
+            None => VZVirtioFileSystemDeviceConfiguration::macOSGuestAutomountTag(),
+        };
+        VZVirtioFileSystemDeviceConfiguration::validateTag_error(&tag).map_err(|error| failed(&error))?;
+        let device =
+            VZVirtioFileSystemDeviceConfiguration::initWithTag(VZVirtioFileSystemDeviceConfiguration::alloc(), &tag);
+        let directory = VZSharedDirectory::initWithURL_readOnly(VZSharedDirectory::alloc(), &*url(&from.path)?, false);
+        let single = VZSingleDirectoryShare::initWithDirectory(VZSingleDirectoryShare::alloc(), &directory);
+        device.setShare(Some(&single));
         Ok(Retained::into_super(device))
     }
 }

@@ -26,6 +26,8 @@ pub struct Configuration {
     pub networks: Vec<Interface>,
     /// The file to which the first serial port writes; it is appended to.
     pub console: PathBuf,
+    /// `directorySharingDevices`, each a `VZVirtioFileSystemDeviceConfiguration` with a `VZSingleDirectoryShare`.
+    pub shares: Vec<Shared>,
     /// The screen of a Mac, which is never shown. Without one its guest doesn't come up.
     pub display: Option<Display>,
 }
@@ -65,6 +67,15 @@ pub struct Disk {
     pub path: PathBuf,
     /// Whether the guest can only read it.
     pub read_only: bool,
+}
+
+/// A directory of this host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Shared {
+    /// The name by which the guest mounts it; none for the one that macOS mounts by itself, at `/Volumes/My Shared Files`.
+    pub tag: Option<String>,
+    /// The directory.
+    pub path: PathBuf,
 }
 
 /// A network interface.
@@ -147,10 +158,17 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
             }
         }
     }
+    let mac = matches!(platform, Platform::Mac { .. });
+    if mac && spec.shares.len() > 1 {
+        return refuse("macOS mounts one shared directory by itself, and no other".to_owned());
+    }
+    let shares =
+        spec.shares.iter().map(|share| Shared { tag: (!mac).then(|| share.tag.clone()), path: share.path.clone() });
     Ok(Configuration {
+        shares: shares.collect(),
         cpus: spec.cpus.get(),
         memory: spec.memory.mib_up() << 20,
-        display: matches!(platform, Platform::Mac { .. }).then_some(Display::USUAL),
+        display: mac.then_some(Display::USUAL),
         platform,
         disks,
         networks,
@@ -162,7 +180,7 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
 pub(crate) mod tests {
     use super::*;
     use crate::spec::tests::spec;
-    use crate::spec::{Auth, Disk as SpecDisk, Mac, Secret, Seed, Snapshot};
+    use crate::spec::{Auth, Disk as SpecDisk, Mac, Secret, Seed, Share, Snapshot};
     use crate::{Cpus, Memory};
 
     /// A machine of a macOS image.
@@ -199,6 +217,16 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn macos_mounts_what_is_shared_by_itself_and_linux_by_its_tag() {
+        let mut machine = mac("a");
+        machine.shares = vec![Share { tag: "vmpod".to_owned(), path: "/s".into() }];
+        let shares = |spec: &Spec| configuration(spec, Path::new("/m"), Arch::host()).unwrap().shares;
+        assert_eq!(shares(&machine), [Shared { tag: None, path: "/s".into() }]);
+        (machine.os, machine.mac) = (GuestOs::Linux, None);
+        assert_eq!(shares(&machine), [Shared { tag: Some("vmpod".to_owned()), path: "/s".into() }]);
+    }
+
+    #[test]
     fn a_linux_guest_boots_by_efi_or_by_its_kernel() {
         let mut machine = mac("a");
         machine.os = GuestOs::Linux;
@@ -229,6 +257,9 @@ pub(crate) mod tests {
         let mut machine = mac("a");
         machine.os = GuestOs::Windows;
         insta::assert_snapshot!(refused(&machine), @"Apple's Virtualization framework runs no Windows guests");
+        let mut machine = mac("a");
+        machine.shares = ["a", "b"].map(|tag| Share { tag: tag.to_owned(), path: "/s".into() }).into();
+        insta::assert_snapshot!(refused(&machine), @"macOS mounts one shared directory by itself, and no other");
         let mut machine = mac("a");
         machine.snapshot = Some(Snapshot::Make);
         assert!(refused(&machine).contains("no memory snapshots"));

@@ -14,7 +14,7 @@ use crate::{
     pod::{self, PodUid},
     quantity::Nanos,
     tar::Tar,
-    volumes::{Content, Layout, file_of},
+    volumes::{Content, Layout, file_of, shared},
 };
 
 /// The network of a pod.
@@ -39,7 +39,7 @@ enum Medium {
     Memory(Option<u64>),
 }
 
-/// The emptyDir volumes that a container beside the machine mounts.
+/// The emptyDir volumes that a container beside the machine mounts, and the machine doesn't.
 fn empty_dirs(pod: &Pod) -> Vec<(&str, Medium)> {
     let members = members(pod);
     let mounted = |name: &str| {
@@ -47,8 +47,9 @@ fn empty_dirs(pod: &Pod) -> Vec<(&str, Medium)> {
     };
     let volumes = pod::spec(pod).and_then(|spec| spec.volumes.as_deref()).unwrap_or_default();
     let empty = volumes.iter().filter_map(|volume| Some((volume, volume.empty_dir.as_ref()?)));
+    let shared = shared(pod);
     empty
-        .filter(|(volume, _)| mounted(&volume.name))
+        .filter(|(volume, _)| mounted(&volume.name) && !shared.contains(volume.name.as_str()))
         .map(|(volume, source)| {
             let limit = source.size_limit.as_ref().and_then(|size| Nanos::parse(&size.0).ok()).map(Nanos::units_up);
             let memory = source.medium.as_deref() == Some("Memory");
@@ -157,6 +158,8 @@ pub(super) struct Parts<'a> {
     pub(super) layout: &'a Layout,
     /// Where the files of volumes are on this host.
     pub(super) volumes: &'a Path,
+    /// Where the directories are that the machine and the containers share.
+    pub(super) shared: &'a Path,
     /// The container that holds the pod's network.
     pub(super) holder: &'a str,
     pub(super) labels: HashMap<String, String>,
@@ -164,7 +167,7 @@ pub(super) struct Parts<'a> {
 
 /// One life of a container.
 pub(super) fn body(parts: Parts<'_>) -> Result<ContainerCreateBody, String> {
-    let Parts { pod, uid, container, command, layout, volumes, holder, labels } = parts;
+    let Parts { pod, uid, container, command, layout, volumes, shared, holder, labels } = parts;
     let context = container.security_context.as_ref();
     let pods = pod::spec(pod).and_then(|spec| spec.security_context.as_ref());
     let user = context.and_then(|c| c.run_as_user).or_else(|| pods?.run_as_user);
@@ -197,7 +200,7 @@ pub(super) fn body(parts: Parts<'_>) -> Result<ContainerCreateBody, String> {
         host_config: Some(HostConfig {
             network_mode: Some(format!("container:{holder}")),
             ipc_mode: Some("private".to_owned()),
-            mounts: Some(mounts(uid, layout, volumes)?),
+            mounts: Some(mounts(uid, layout, volumes, shared)?),
             memory,
             // Without more swap than memory there is none.
             memory_swap: memory,
@@ -222,7 +225,7 @@ pub(super) fn body(parts: Parts<'_>) -> Result<ContainerCreateBody, String> {
     })
 }
 
-fn mounts(uid: &PodUid, layout: &Layout, volumes: &Path) -> Result<Vec<Mount>, String> {
+fn mounts(uid: &PodUid, layout: &Layout, volumes: &Path, shared: &Path) -> Result<Vec<Mount>, String> {
     layout
         .mounts
         .iter()
@@ -233,6 +236,7 @@ fn mounts(uid: &PodUid, layout: &Layout, volumes: &Path) -> Result<Vec<Mount>, S
                         .ok_or_else(|| format!("subPath {:?} is not in volume {:?}", mount.sub_path, mount.volume))?;
                     (MountType::BIND, path.display().to_string())
                 }
+                Some(Content::Shared) => (MountType::BIND, shared.join(&mount.volume).display().to_string()),
                 Some(Content::Disk | Content::Memory(_)) => (MountType::VOLUME, volume_name(uid, &mount.volume)),
                 None => return Err(format!("the pod has no volume {:?}", mount.volume)),
             };
@@ -268,15 +272,17 @@ mod tests {
                     {"name": "work", "emptyDir": {}},
                     {"name": "fast", "emptyDir": {"medium": "Memory", "sizeLimit": "64Mi"}},
                     {"name": "machine-only", "emptyDir": {}},
+                    {"name": "both", "emptyDir": {}},
                     {"name": "conf", "configMap": {"name": "c"}}],
                 "containers": [
-                    {"name": "vm", "volumeMounts": [{"name": "machine-only", "mountPath": "/x"}]},
+                    {"name": "vm", "volumeMounts": [
+                        {"name": "machine-only", "mountPath": "/x"}, {"name": "both", "mountPath": "/both"}]},
                     {"name": "side", "image": "r.example/side:1", "workingDir": "/w",
                      "resources": {"requests": {"cpu": "250m"}, "limits": {"cpu": "1500m", "memory": "64Mi"}},
                      "securityContext": {"runAsUser": 1000, "runAsGroup": 1001, "allowPrivilegeEscalation": false,
                         "readOnlyRootFilesystem": true, "capabilities": {"drop": ["ALL"], "add": ["NET_ADMIN"]}},
                      "volumeMounts": [
-                        {"name": "work", "mountPath": "/work"}, {"name": "fast", "mountPath": "/fast"},
+                        {"name": "both", "mountPath": "/both"}, {"name": "work", "mountPath": "/work"}, {"name": "fast", "mountPath": "/fast"},
                         {"name": "conf", "mountPath": "/conf"}]}]}}))
         .unwrap()
     }
@@ -291,11 +297,13 @@ mod tests {
         };
         Layout {
             volumes: BTreeMap::from([
+                ("both".to_owned(), Content::Shared),
                 ("work".to_owned(), Content::Disk),
                 ("fast".to_owned(), Content::Memory(Some(64 << 20))),
                 ("conf".to_owned(), Content::Files(files)),
             ]),
             mounts: vec![
+                mount("both", "", "/both", false),
                 mount("conf", "", "/conf", true),
                 mount("conf", "a.txt", "/etc/a", true),
                 mount("fast", "", "/fast", false),
@@ -319,6 +327,7 @@ mod tests {
             },
             layout: &layout,
             volumes: Path::new("/node/volumes"),
+            shared: Path::new("/node/shared"),
             holder: "h",
             labels: HashMap::from([("l".to_owned(), "1".to_owned())]),
         };
@@ -365,8 +374,8 @@ mod tests {
     #[test]
     fn a_missing_sub_path_is_told() {
         let mut layout = layout();
-        layout.mounts[1].sub_path = "b.txt".to_owned();
-        let error = mounts(&PodUid::parse("u").unwrap(), &layout, Path::new("/v")).unwrap_err();
+        layout.mounts[2].sub_path = "b.txt".to_owned();
+        let error = mounts(&PodUid::parse("u").unwrap(), &layout, Path::new("/v"), Path::new("/s")).unwrap_err();
         assert_eq!(error, "subPath \"b.txt\" is not in volume \"conf\"");
     }
 }

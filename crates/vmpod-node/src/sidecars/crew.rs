@@ -424,10 +424,7 @@ impl Actor {
         let (shared, pod) = (Arc::clone(&self.shared), Arc::clone(pod));
         match act {
             Act::Sandbox => self.job(SANDBOX, async move { shared.sandbox(&pod).await }),
-            Act::Leave => self.job(SANDBOX, async move {
-                let left = shared.docker.leave(&shared.uid).await;
-                left.map_err(|error| Failure::new("FailedKillPod", error.to_string()))
-            }),
+            Act::Leave => self.job(SANDBOX, async move { shared.leave().await }),
             Act::Run { name, attempt } => {
                 let Some(network) = self.network.clone() else { return };
                 let container = members(&pod).into_iter().find(|member| member.container.name == name);

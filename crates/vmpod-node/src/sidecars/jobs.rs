@@ -39,6 +39,20 @@ impl Shared {
         self.world.records.dir(&self.uid).join("volumes")
     }
 
+    /// Gives back what the pod had of the engine, and the directories that its machine and containers shared.
+    pub(super) async fn leave(&self) -> Result<(), Failure> {
+        let failed = |error: String| Failure::new("FailedKillPod", error);
+        self.docker.leave(&self.uid).await.map_err(|error| failed(error.to_string()))?;
+        let shared = self.world.records.shared(&self.uid);
+        let removed = tokio::task::spawn_blocking(move || match std::fs::remove_dir_all(&shared) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(format!("{} can't be removed: {error}", shared.display()))
+            }
+            _ => Ok(()),
+        });
+        removed.await.map_err(|error| failed(error.to_string()))?.map_err(failed)
+    }
+
     /// Puts the files of a container's volumes in their place on this host.
     pub(super) async fn files(
         &self,
@@ -49,13 +63,15 @@ impl Shared {
     ) -> Result<volumes::Layout, String> {
         let mut contents = self.contents.lock().await;
         let layout = contents.layout(pod, container, &self.world.facts(Some(network.gateway)), env).await?;
-        let (dir, kept) = (self.volumes(), layout.clone());
+        let (dir, shared, kept) = (self.volumes(), self.world.records.shared(&self.uid), layout.clone());
         let written = tokio::task::spawn_blocking(move || {
             for (name, content) in &kept.volumes {
-                if let Content::Files(files) = content {
-                    volumes::write(&dir.join(name), files)
-                        .map_err(|error| format!("the files of volume {name:?} can't be written: {error}"))?;
+                match content {
+                    Content::Files(files) => volumes::write(&dir.join(name), files),
+                    Content::Shared => volumes::share(&shared, [name]),
+                    Content::Disk | Content::Memory(_) => Ok(()),
                 }
+                .map_err(|error| format!("the files of volume {name:?} can't be written: {error}"))?;
             }
             Ok::<_, String>(())
         });
@@ -90,7 +106,7 @@ impl Shared {
             }
         };
         let holder = body::container_name(pod, &self.uid, SANDBOX, 0);
-        let volumes = self.volumes();
+        let (volumes, shared) = (self.volumes(), self.world.records.shared(&self.uid));
         let body = body::body(Parts {
             pod,
             uid: &self.uid,
@@ -98,6 +114,7 @@ impl Shared {
             command: Command { entrypoint, args, env },
             layout: &layout,
             volumes: &volumes,
+            shared: &shared,
             holder: &holder,
             labels: self.docker.labels_of(&self.uid, name, attempt),
         })

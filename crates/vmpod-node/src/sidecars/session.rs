@@ -28,7 +28,8 @@ impl Terminal {
     }
 }
 
-/// Carries what a process writes to the caller, and what the caller types to the process, until the process writes no more.
+/// Carries what a process writes to the caller, and what the caller types to the process, until the process writes no more; for a
+/// caller that only types at a main process, until all of it has arrived.
 pub(crate) async fn carry<E>(
     mut output: impl Stream<Item = Result<LogOutput, E>> + Unpin,
     mut input: Pin<Box<dyn AsyncWrite + Send>>,
@@ -36,13 +37,16 @@ pub(crate) async fn carry<E>(
     terminal: Terminal,
 ) {
     let Streams { stdin, mut stdout, mut stderr, resize } = streams;
+    let only_types = matches!(terminal, Terminal::Main(..)) && stdout.is_none() && stderr.is_none();
     let feed = async {
         if let Some(mut from) = stdin {
             // The process may close its input at any time; that is its own affair.
             tokio::io::copy(&mut from, &mut input).await.ok();
             input.shutdown().await.ok();
         }
-        std::future::pending::<()>().await;
+        if !only_types {
+            std::future::pending::<()>().await;
+        }
     };
     let sizes = async {
         if let Some(mut sizes) = resize {

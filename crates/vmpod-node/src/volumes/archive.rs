@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Write as _};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Content, Files, Layout};
+use super::{Content, Files, Layout, SHARE};
 use crate::tar::Tar;
 
 /// Unpacks an archive on standard input and runs its script, as root.
@@ -18,7 +18,7 @@ tar -xf - -C /run/vmpod-volumes/new; exec sh -e /run/vmpod-volumes/new/apply'
 
 /// What the script begins with. A mount is made once; its marker is gone after a reboot, as the mount is.
 const BEGIN: &str = r#"umask 022
-new=/run/vmpod-volumes/new/files all=/run/vmpod-volumes/all disk=/var/lib/vmpod/volumes
+new=/run/vmpod-volumes/new/files all=/run/vmpod-volumes/all disk=/var/lib/vmpod/volumes share=/run/vmpod-volumes/shared
 mkdir -p $all /run/vmpod-volumes/mounted
 files() { # volume, version
     d=$all/$1
@@ -40,6 +40,16 @@ files() { # volume, version
     for f in "$d"/..v*; do
         [ "$f" = "$d/$2" ] || rm -rf "$f"
     done
+}
+shared() { # the name of what the host shares
+    [ ! -e /run/vmpod-volumes/mounted/shared ] || return 0
+    modprobe virtiofs 2>/dev/null || :
+    mkdir -p $share
+    mount -t virtiofs "$1" $share || {
+        echo "the guest can't mount the directories that it shares with the pod's other containers: that needs virtiofs (Linux 5.4 or later)" >&2
+        exit 1
+    }
+    : >/run/vmpod-volumes/mounted/shared
 }
 bind() { # number, source, target, ro or rw, whether a missing source is made
     [ ! -e "/run/vmpod-volumes/mounted/$1" ] || return 0
@@ -66,6 +76,7 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
                 add(&mut tar, name, files);
                 writeln!(script, "files {name} {}", version(files))
             }
+            Content::Shared => writeln!(script, "shared {SHARE}"),
             Content::Disk => writeln!(script, "mkdir -p $disk/{name}; chmod 777 $disk/{name}"),
             Content::Memory(limit) => {
                 let size = limit.map_or_else(String::new, |limit| format!(",size={limit}"));
@@ -80,7 +91,11 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
     }
     for (number, mount) in layout.mounts.iter().enumerate() {
         let content = layout.volumes.get(&mount.volume);
-        let base = if matches!(content, Some(Content::Disk)) { "$disk" } else { "$all" };
+        let base = match content {
+            Some(Content::Disk) => "$disk",
+            Some(Content::Shared) => "$share",
+            _ => "$all",
+        };
         let made = u8::from(!matches!(content, Some(Content::Files(_))));
         let source = if mount.sub_path.is_empty() { String::new() } else { format!("/{}", mount.sub_path) };
         let access = if mount.read_only { "ro" } else { "rw" };

@@ -59,6 +59,19 @@ pub(crate) fn write(dir: &Path, files: &Files) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes the empty directories below `dir` that the machine and the containers beside it share. Everybody may write into each, as
+/// into the kubelet's.
+pub(crate) fn share(dir: &Path, names: impl IntoIterator<Item = impl AsRef<str>>) -> io::Result<()> {
+    for name in names {
+        let place = dir.join(name.as_ref());
+        if !place.is_dir() {
+            make(&place)?;
+            fs::set_permissions(&place, fs::Permissions::from_mode(0o777))?;
+        }
+    }
+    Ok(())
+}
+
 /// Directories that everybody may look into: who may reach them at all, the agent's own directory says.
 fn make(dir: &Path) -> io::Result<()> {
     if dir.is_dir() {

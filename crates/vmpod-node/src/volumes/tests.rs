@@ -158,3 +158,40 @@ fn an_archive_is_what_tar_reads_and_its_words_are_quoted() {
     let checked = std::process::Command::new("sh").arg("-n").arg(dir.path().join("apply")).status().unwrap();
     assert!(checked.success());
 }
+
+#[test]
+fn an_empty_directory_of_machine_and_containers_is_shared() {
+    let pod: Pod = serde_json::from_value(json!({"metadata": {"name": "p"}, "spec": {
+        "volumes": [
+            {"name": "both", "emptyDir": {}}, {"name": "vm-only", "emptyDir": {}}, {"name": "side-only", "emptyDir": {}},
+            {"name": "map", "configMap": {"name": "map"}}],
+        "initContainers": [{"name": "first", "volumeMounts": [{"name": "both", "mountPath": "/a"}]}],
+        "containers": [
+            {"name": "vm", "volumeMounts": [
+                {"name": "both", "mountPath": "/both"}, {"name": "both", "mountPath": "/one", "subPath": "x/y"},
+                {"name": "vm-only", "mountPath": "/own"}, {"name": "map", "mountPath": "/map"}]},
+            {"name": "side", "volumeMounts": [
+                {"name": "side-only", "mountPath": "/s"}, {"name": "map", "mountPath": "/map"}]}]}}))
+    .unwrap();
+    assert_eq!(shared(&pod), BTreeSet::from(["both"]), "an init container is one as well");
+    let container = pod::machine_container(&pod).unwrap();
+    let layout = layout(&pod, container, &fetched(), &BTreeMap::new(), &facts(), &[]).unwrap();
+    assert_eq!((&layout.volumes["both"], &layout.volumes["vm-only"]), (&Content::Shared, &Content::Disk));
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("x.tar");
+    std::fs::write(&file, archive::archive(&layout)).unwrap();
+    std::process::Command::new("tar").arg("-xf").arg(&file).arg("-C").arg(dir.path()).status().unwrap();
+    let script = std::fs::read_to_string(dir.path().join("apply")).unwrap();
+    for line in [
+        "shared vmpod\n",
+        "$share/both'' '/both' rw 1\n",
+        "$share/both'/x/y' '/one' rw 1\n",
+        "$disk/vm-only'' '/own' rw 1\n",
+    ] {
+        assert!(script.contains(line), "no {line:?} in {script}");
+    }
+    share(&dir.path().join("shared"), shared(&pod)).unwrap();
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&dir.path().join("shared/both").metadata().unwrap().permissions());
+    assert_eq!(mode & 0o7777, 0o777);
+}

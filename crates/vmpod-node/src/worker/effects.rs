@@ -127,8 +127,7 @@ impl Worker {
             record.backoff.fail(now, now);
             self.world.ledger.restore(&self.uid, &pod, None);
         } else if pod.metadata.deletion_timestamp.is_none()
-            && let Err(refusal) =
-                self.world.ledger.admit(&self.uid, &pod, &self.world.name, self.world.engine.missing())
+            && let Err(refusal) = self.world.ledger.admit(&self.uid, &pod, &self.world.name, self.world.lacks())
         {
             self.world.events.pod(&pod, Kind::Warning, refusal.reason, refusal.message.clone());
             record.terminal = Some(Terminal {

@@ -19,7 +19,7 @@ use crate::{
     limited,
     network::Place as NetworkPlace,
     run_config::{Login, Proof},
-    snapshots, translate,
+    snapshots, translate, volumes,
     world::{NoAddress, Wanted},
 };
 
@@ -137,6 +137,12 @@ impl Worker {
                 }
             };
             world.faults.hit("node: image cloned").await;
+            let names = volumes::shared(&pod);
+            let shared = (!names.is_empty()).then(|| world.records.shared(&uid));
+            if let Some(dir) = &shared {
+                let made = volumes::share(dir, names);
+                made.map_err(|error| failed(format!("{} can't be made: {error}", dir.display())))?;
+            }
             let spec = translate::machine(translate::Parts {
                 id,
                 uid: &uid,
@@ -157,6 +163,7 @@ impl Worker {
                 accel: world.accel,
                 host: Arch::host(),
                 low_ports: world.low_ports,
+                shared,
             })
             .map_err(|error| failed(error.to_string()))?;
             let spec = match &world.snapshots {
@@ -194,9 +201,10 @@ impl Worker {
             });
         };
         let process = machine.guest().main_process(MAIN);
+        let stdin = self.pod.as_deref().and_then(pod::machine_container).is_some_and(|one| one.stdin == Some(true));
         Box::pin(async move {
             let command =
-                MainCommand { command: run.command.clone(), env: run.env.clone(), workdir: run.workdir.clone() };
+                MainCommand { command: run.command.clone(), env: run.env.clone(), workdir: run.workdir.clone(), stdin };
             match process.start(&command).await {
                 Ok(_) => Ok(Outcome::MainStarted),
                 Err(error @ (GuestError::Refused { .. } | GuestError::Invalid(_) | GuestError::MainLost { .. })) => {

@@ -22,6 +22,10 @@ pub(crate) struct Hypervisor {
     #[arg(long, value_name = "PROGRAM", env = "VMPOD_QEMU", hide_env_values = true,
           value_hint = ValueHint::CommandName)]
     pub(crate) qemu: Option<PathBuf>,
+    /// The program that shares a pod's volumes between its machine and its containers [default: the distribution's]
+    #[arg(long, value_name = "PROGRAM", env = "VMPOD_VIRTIOFSD", hide_env_values = true,
+          value_hint = ValueHint::CommandName)]
+    pub(crate) virtiofsd: Option<PathBuf>,
     /// Another program than this one to be each machine's helper under vz: a stand-in for tests
     #[arg(long, value_name = "PROGRAM", hide = true)]
     pub(crate) vz_helper: Option<PathBuf>,

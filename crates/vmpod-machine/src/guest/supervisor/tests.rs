@@ -84,6 +84,18 @@ impl Process {
         session.output().await.unwrap().0
     }
 
+    /// Gives it input, and hears how that ended.
+    async fn input(&self, text: &str, last: bool) -> ExitStatus {
+        use tokio::io::AsyncWriteExt;
+        let words = [self.name.as_str(), if last { "last" } else { "more" }];
+        let mut session = self.host.open(&input_script(), &words, true).await.unwrap();
+        let mut stdin = session.stdin.take().unwrap();
+        // One that takes none has ended before.
+        stdin.write_all(text.as_bytes()).await.ok();
+        stdin.shutdown().await.ok();
+        session.output().await.unwrap().0
+    }
+
     fn follow(&self, from: Offset) -> BoxStream<'static, Result<OutputChunk, GuestError>> {
         follow(Arc::clone(&self.host), &self.name, from)
     }
@@ -257,5 +269,48 @@ async fn much_output_arrives_whole() {
         let (out, _) = process.all(Offset::default()).await;
         let wanted = (0..20000).map(|i| format!("line {i}\n")).collect::<Vec<_>>().concat();
         assert!(out == wanted, "{} of {} bytes", out.len(), wanted.len());
+    }
+}
+
+#[tokio::test]
+async fn input_arrives_from_many_and_ends_with_the_last() {
+    for shell in SHELLS {
+        let process = Process::new(shell);
+        let command = MainCommand { stdin: true, ..sh("while read -r word; do echo \"got $word\"; done; echo end") };
+        assert_eq!(process.start(&command).await.unwrap(), Started::Now);
+        assert_eq!(process.input("one\n", false).await, ExitStatus::Code(0));
+        assert_eq!(process.input("two\nthree\n", false).await, ExitStatus::Code(0));
+        let running = tokio::time::timeout(Duration::from_millis(300), process.wait());
+        assert!(running.await.is_err(), "{shell:?}: it ended with an input that wasn't the last");
+        assert_eq!(process.input("four\n", true).await, ExitStatus::Code(0));
+        assert_eq!(process.wait().await.unwrap(), ExitStatus::Code(0), "{shell:?}");
+        assert_eq!(process.all(Offset::default()).await.0, "got one\ngot two\ngot three\ngot four\nend\n", "{shell:?}");
+        assert_eq!(process.input("five\n", false).await, ExitStatus::Code(66), "{shell:?}: nobody reads it");
+    }
+}
+
+#[tokio::test]
+async fn a_process_with_an_input_leaves_nobody_behind() {
+    for shell in SHELLS {
+        let process = Process::new(shell);
+        let command = MainCommand { stdin: true, ..sh("read -r word; exit 3") };
+        process.start(&command).await.unwrap();
+        assert_eq!(process.input("x\n", false).await, ExitStatus::Code(0));
+        assert_eq!(process.wait().await.unwrap(), ExitStatus::Code(3));
+        let script = format!("{FIND}cat \"$m/holder\"");
+        let holder = process.host.open(&script, &[&process.name], false).await.unwrap().output().await.unwrap().1;
+        let holder = std::path::PathBuf::from(format!("/proc/{}", String::from_utf8(holder).unwrap().trim()));
+        for _ in 0..100 {
+            if !holder.exists() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert!(!holder.exists(), "{shell:?}");
+        // Without an input it reads the end at once.
+        let process = Process::new(shell);
+        process.start(&sh("cat; echo end")).await.unwrap();
+        assert_eq!(process.all(Offset::default()).await.0, "end\n");
+        assert_eq!(process.input("x\n", false).await, ExitStatus::Code(66));
     }
 }
