@@ -48,7 +48,7 @@ doc: ## build the documentation, warnings are errors
 e2e: guest guest-debian agent ## tests with real virtual machines and a real kubectl
 	scripts/prerequisites test e2e && cargo nextest run --workspace --locked -E 'package(e2e)'
 
-test: ## all of it: fmt, lint, tidy, unit, doctest, doc, guests, e2e
+test: ## all of it: fmt, build with lints, tidy, unit, doctest, doc, guests, e2e
 	scripts/test
 
 demo: ## boot a virtual machine as a Pod, talk to it, clean up

@@ -71,9 +71,10 @@ async fn attach(up: &Up, container: &str, line: &str) -> Result<()> {
     stdin.write_all(format!("{line}\n").as_bytes()).await?;
     stdin.shutdown().await?;
     drop(stdin);
-    tokio::time::timeout(Duration::from_secs(30), attached.join())
-        .await
-        .context("attach doesn't end with its input")??;
+    let status = attached.take_status().context("no status")?;
+    let status =
+        tokio::time::timeout(Duration::from_secs(30), status).await.context("attach doesn't end with its input")?;
+    ensure!(status.as_ref().is_some_and(|status| status.status.as_deref() == Some("Success")), "{status:?}");
     Ok(())
 }
 

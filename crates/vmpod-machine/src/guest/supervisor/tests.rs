@@ -93,6 +93,7 @@ impl Process {
         // One that takes none has ended before.
         stdin.write_all(text.as_bytes()).await.ok();
         stdin.shutdown().await.ok();
+        drop(stdin);
         session.output().await.unwrap().0
     }
 
