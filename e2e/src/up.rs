@@ -62,6 +62,10 @@ impl Up {
         if !args.contains(&"--fleet-poll") {
             command.arg("--no-fleet");
         }
+        if !args.contains(&"--eviction-hard") {
+            // How full the disk of whoever runs the tests is isn't theirs to tell.
+            command.args(["--eviction-hard", ""]);
+        }
         if !args.contains(&"--snapshots") {
             // A test that doesn't ask for them isn't to make them beside its work.
             command.args(["--snapshots", "0"]);

@@ -80,8 +80,20 @@ async fn what_it_renders_is_what_was_asked_for() -> Result<()> {
     ensure!(!cluster_role.contains("secrets"), "{cluster_role}");
     // What alerts say of labels is Prometheus' to fill in, not helm's.
     ensure!(text.contains("{{ $labels.namespace }}/{{ $labels.pool }}"), "{text}");
+    // KEDA's own way in, with its certificate.
+    let keda = helm(&["template", "v", &chart, "--set=image=x,keda.enabled=true,keda.tlsSecret=certs"]).await?.ok()?;
+    for line in [
+        "- --keda-listen=0.0.0.0:6000",
+        "- --keda-tls-key=/keda/tls.key",
+        "- {name: keda, secret: {secretName: certs}}",
+        "- {protocol: TCP, port: 6000}",
+        "- {name: grpc, port: 6000, targetPort: keda}",
+    ] {
+        ensure!(keda.contains(line), "no {line:?} in {keda}");
+    }
     // As little as possible, unless asked.
     let bare = helm(&["template", "v", &chart, "--set=image=x"]).await?.ok()?;
+    ensure!(!bare.contains("keda"), "{bare}");
     for kind in ["ServiceMonitor", "PrometheusRule", "ScaledObject", "ConfigMap"] {
         ensure!(!bare.contains(&format!("kind: {kind}\n")), "{kind} wasn't asked for");
     }

@@ -378,3 +378,42 @@ async fn what_was_left_of_pods_is_removed_and_a_missing_engine_is_told() -> Resu
     .await?;
     up.stop().await
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn last_words_are_heard() -> Result<()> {
+    let home = Home::with_tiny("last-words").await?;
+    let docker = Docker::start().await?;
+    let up = home.up(&["--docker-host", &docker.host()]).await?;
+    let mut pod = pods::tiny("words", &["sh", "-c", "echo from the machine >/tmp/why; echo printed; exit 3"]);
+    pod["spec"]["containers"][0]["terminationMessagePath"] = "/tmp/why".into();
+    let side = beside("side", "echo from the container >/dev/termination-log; exit 4");
+    if let Some(containers) = pod["spec"]["containers"].as_array_mut() {
+        containers.push(side);
+    }
+    // The end of the log stands in where nothing was left, if that is asked for.
+    let mut logs = pods::tiny("logs", &["sh", "-c", "echo first; echo last; exit 5"]);
+    logs["spec"]["containers"][0]["terminationMessagePolicy"] = "FallbackToLogsOnError".into();
+    let silent = pods::tiny("silent", &["sh", "-c", "echo printed; exit 6"]);
+    for pod in [&pod, &logs, &silent] {
+        up.apply(pod).await?;
+    }
+    for name in ["words", "logs", "silent"] {
+        eventually_within(Duration::from_mins(2), "it has failed", || async {
+            let pod = up.pod(name).await?;
+            ensure!(pods::phase(&pod) == "Failed", "{pod:#}");
+            Ok(())
+        })
+        .await?;
+    }
+    let message = async |pod: &str, container: usize| -> Result<Value> {
+        Ok(up.pod(pod).await?["status"]["containerStatuses"][container]["state"]["terminated"]["message"].clone())
+    };
+    ensure!(message("words", 0).await? == "from the machine\n", "{}", message("words", 0).await?);
+    ensure!(message("words", 1).await? == "from the container\n", "{}", message("words", 1).await?);
+    ensure!(message("logs", 0).await? == "first\nlast\n", "{}", message("logs", 0).await?);
+    ensure!(message("silent", 0).await? == Value::Null, "{}", message("silent", 0).await?);
+    up.kubectl_ok(&["delete", "pods", "--all", "--timeout=60s"]).await?;
+    home.assert_clean().await?;
+    nothing_left(&docker).await?;
+    up.stop().await
+}

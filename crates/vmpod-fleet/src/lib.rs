@@ -4,6 +4,7 @@
 
 pub mod estimate;
 pub mod gitlab;
+pub mod keda;
 mod leader;
 pub mod life;
 mod limit;

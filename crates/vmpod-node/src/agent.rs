@@ -92,7 +92,7 @@ impl Agent {
     }
 
     /// What the running containers beside the machine use.
-    async fn sidecar_stats(&self, crew: Option<&sidecars::View>) -> Vec<MachineStats> {
+    pub(crate) async fn sidecar_stats(&self, crew: Option<&sidecars::View>) -> Vec<MachineStats> {
         let mut all = Vec::new();
         for (name, life) in crew.iter().flat_map(|crew| &crew.lives).filter_map(|(n, lives)| Some((n, lives.last()?))) {
             let LifeState::Running(started) = life.state else { continue };
@@ -445,7 +445,7 @@ impl Runtime for Agent {
     }
 }
 
-fn host_usage(dir: &std::path::Path, images: &std::path::Path) -> NodeStats {
+pub(crate) fn host_usage(dir: &std::path::Path, images: &std::path::Path) -> NodeStats {
     let booted = sysinfo::System::boot_time().ok().and_then(|at| Timestamp::from_second(i64::try_from(at).ok()?).ok());
     let (mut total, mut available) = (0, 0);
     if let Ok(mut system) = sysinfo::System::new() {

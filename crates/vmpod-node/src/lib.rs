@@ -22,6 +22,7 @@ mod holders;
 mod host;
 mod image_gc;
 mod image_pull;
+mod last_words;
 pub mod logs;
 mod network;
 mod node;
@@ -30,6 +31,7 @@ mod plain;
 mod plan;
 mod pod;
 mod prefetch;
+mod pressure;
 mod probe;
 mod prober;
 mod quantity;
@@ -55,6 +57,7 @@ pub use network::{InvalidNetwork, NetworkMode};
 pub use node::{Certificates, Node, NodeError};
 pub use options::{Capacity, Kubelet, MachineDefaults, Options, Registries};
 pub use plain::{PlainMachine, plain_machine};
+pub use pressure::{BadThreshold, Eviction};
 pub use record::RecordError;
 
 /// How long a single request to the API may take.

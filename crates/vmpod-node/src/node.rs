@@ -33,6 +33,7 @@ use crate::{
     plan::MachineSeen,
     pod::{PodUid, Requests},
     prefetch,
+    pressure::{self, Eviction, Pressure},
     prober::Counts,
     record::{Kept, Record, RecordError, Records},
     registration::{self, Profile},
@@ -87,6 +88,7 @@ pub struct Node {
     image_gc: ImageGc,
     prefetch: Vec<String>,
     image_room: watch::Sender<ImageRoom>,
+    eviction: Eviction,
 }
 
 impl Drop for Node {
@@ -219,6 +221,7 @@ impl Node {
         Ok(Self {
             world,
             image_gc: options.image_gc,
+            eviction: options.eviction,
             prefetch: options.prefetch,
             image_room: watch::channel(ImageRoom::default()).0,
             profile,
@@ -293,13 +296,16 @@ impl Node {
         world.ledger.set_node(Arc::new(registered.clone()));
         world.events.node(&registered, Kind::Normal, "Starting", "Starting vmpod node agent.");
         let keeper = Arc::clone(&world);
+        let (pressed, pressure) = watch::channel(Pressure::default());
         tasks.spawn(registration::keep_status(
             world.client.clone(),
             self.profile.clone(),
             world.store.clone(),
             registered.clone(),
+            pressure,
             move |node| keeper.ledger.set_node(node),
         ));
+        tasks.spawn(Box::pin(pressure::keep(Arc::clone(&world), self.eviction.clone(), registered.clone(), pressed)));
         let images = std::mem::take(&mut self.prefetch);
         let (store, registries, events) = (world.store.clone(), world.registries.clone(), world.events.clone());
         tasks.spawn(Box::pin(prefetch::run(store, registries, images, events, registered.clone())));
@@ -392,7 +398,7 @@ impl Node {
             }
         }
         for (uid, record) in left.records {
-            let wanted = Wanted { pod: all.get(&uid).cloned(), agent_stops: None };
+            let wanted = Wanted { pod: all.get(&uid).cloned(), agent_stops: None, evicted: None };
             let residue = residues.remove(&uid).unwrap_or_default();
             self.begin(uid, wanted, Some(record), residue);
         }
@@ -462,7 +468,7 @@ impl Node {
                         .is_some()
                 };
                 if !known {
-                    let wanted = Wanted { pod: Some(pod), agent_stops: None };
+                    let wanted = Wanted { pod: Some(pod), agent_stops: None, evicted: None };
                     self.begin(uid, wanted, None, MachineSeen::Absent);
                 }
             }

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::Taint;
 use vmpod_image::{Credentials, Mirror, SignaturePolicy, Store};
 use vmpod_machine::{Accel, Machines, Memory};
 
-use crate::{image_gc::ImageGc, network::NetworkMode};
+use crate::{image_gc::ImageGc, network::NetworkMode, pressure::Eviction};
 
 /// Everything [`Node::open`](crate::Node::open) needs.
 pub struct Options {
@@ -42,6 +42,8 @@ pub struct Options {
     pub registries: Registries,
     /// How many images are kept.
     pub image_gc: ImageGc,
+    /// When the node runs short of memory or disk.
+    pub eviction: Eviction,
     /// Images to have before any pod asks for them.
     pub prefetch: Vec<String>,
     /// Labels set on the Node besides the usual ones.

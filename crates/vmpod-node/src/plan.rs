@@ -29,6 +29,8 @@ pub(crate) struct Desired<'a> {
     pub(crate) pod: Option<&'a Pod>,
     /// The agent ends, and machines aren't to go on without it.
     pub(crate) agent_stops: Option<SignedDuration>,
+    /// Why the pod is to be ended, if the node runs short of something.
+    pub(crate) evicted: Option<&'a str>,
 }
 
 /// Where a guest is.
@@ -286,12 +288,16 @@ fn new_stop(
 ) -> Option<Stop> {
     let grace = pod::spec(pod).and_then(|spec| spec.termination_grace_period_seconds).unwrap_or(30).max(0);
     let after = |grace: SignedDuration| now.saturating_add(grace).unwrap_or(Timestamp::MAX);
+    let stop = |why, deadline| Stop { why, deadline, message: None };
     let wanted = if let Some(grace) = pod::deletion_grace(pod) {
-        Stop { why: StopReason::Deleted, deadline: after(grace) }
+        stop(StopReason::Deleted, after(grace))
+    } else if let Some(message) = desired.evicted {
+        // As the kubelet at a hard threshold: there is no time for a grace.
+        Stop { message: Some(message.to_owned()), ..stop(StopReason::Evicted, now) }
     } else if deadline.is_some_and(|deadline| deadline <= now) {
-        Stop { why: StopReason::Deadline, deadline: after(SignedDuration::from_secs(grace)) }
+        stop(StopReason::Deadline, after(SignedDuration::from_secs(grace)))
     } else if let Some(limit) = desired.agent_stops {
-        Stop { why: StopReason::Agent, deadline: after(limit.min(SignedDuration::from_secs(grace))) }
+        stop(StopReason::Agent, after(limit.min(SignedDuration::from_secs(grace))))
     } else {
         return None;
     };
@@ -302,7 +308,7 @@ fn new_stop(
             Some(Stop { deadline: old.deadline.min(wanted.deadline), ..wanted })
         }
         Some(old) if wanted.why != StopReason::Agent && wanted.deadline < old.deadline => {
-            Some(Stop { why: old.why, deadline: wanted.deadline })
+            Some(Stop { deadline: wanted.deadline, ..old.clone() })
         }
         Some(_) => None,
     }
@@ -359,7 +365,7 @@ fn between(pod: &Pod, record: &Record, last: Option<&Attempt>, seen: &Observed, 
 fn conclude_stopped(record: &Record, last: Option<&Attempt>, seen: &Observed) -> Option<Step> {
     let stop = record.stop.as_ref()?;
     let ended = last.and_then(|attempt| attempt.ended.as_ref());
-    let verdict = stop_verdict(stop.why, ended)?;
+    let verdict = stop_verdict(stop, ended)?;
     let Some(company) = seen.company else { return Some(Step::Conclude(verdict)) };
     let succeeded = verdict.succeeded && company.over == Some(true);
     company.quiet.then_some(Step::Conclude(Terminal { succeeded, ..verdict }))
@@ -486,7 +492,7 @@ fn end(pod: &Pod, record: &Record, seen: &Observed, ended: Ended) -> Plan {
         return Plan::step(Step::End { ended, terminal: None });
     }
     let terminal = match &record.stop {
-        Some(stop) => stop_verdict(stop.why, Some(&ended)),
+        Some(stop) => stop_verdict(stop, Some(&ended)),
         None => (!RestartPolicy::of(pod).restarts(ended.exit_code)).then(|| verdict(&ended)),
     };
     // After a stop by the agent the pod may go on with the next agent, if its policy says so.
@@ -510,8 +516,8 @@ fn verdict(ended: &Ended) -> Terminal {
 }
 
 /// The verdict on a stopped pod; none when the pod isn't over.
-fn stop_verdict(why: StopReason, ended: Option<&Ended>) -> Option<Terminal> {
-    match why {
+fn stop_verdict(stop: &Stop, ended: Option<&Ended>) -> Option<Terminal> {
+    match stop.why {
         StopReason::Deleted => Some(Terminal {
             succeeded: ended.is_some_and(|ended| ended.exit_code == 0),
             reason: None,
@@ -522,6 +528,12 @@ fn stop_verdict(why: StopReason, ended: Option<&Ended>) -> Option<Terminal> {
             succeeded: false,
             reason: Some("DeadlineExceeded".to_owned()),
             message: Some("Pod was active on the node longer than the specified deadline".to_owned()),
+            shown_before: false,
+        }),
+        StopReason::Evicted => Some(Terminal {
+            succeeded: false,
+            reason: Some("Evicted".to_owned()),
+            message: stop.message.clone(),
             shown_before: false,
         }),
         StopReason::Agent => None,

@@ -107,7 +107,7 @@ pub(crate) enum Main {
         started: Option<Timestamp>,
         /// When its end was seen.
         at: Timestamp,
-        /// Why there is no code, or could be no process.
+        /// What it left to say; or why there is no code, or could be no process.
         why: Option<String>,
     },
 }
@@ -131,6 +131,9 @@ pub(crate) struct Stop {
     pub(crate) why: StopReason,
     /// When whatever still runs is killed.
     pub(crate) deadline: Timestamp,
+    /// Why, in words, of a pod that is evicted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) message: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +143,8 @@ pub(crate) enum StopReason {
     Deleted,
     /// Its `activeDeadlineSeconds` are over.
     Deadline,
+    /// The node runs short of something.
+    Evicted,
     /// The agent ends and machines aren't kept. The only one that doesn't end the pod as well.
     Agent,
 }
@@ -245,6 +250,11 @@ impl Records {
     /// What a pod's machine and the containers beside it share, each volume by its name.
     pub(crate) fn shared(&self, uid: &PodUid) -> PathBuf {
         self.dir(uid).join("shared")
+    }
+
+    /// The file in which an attempt of a container beside the machine may leave a message.
+    pub(crate) fn last_words(&self, uid: &PodUid, container: &str, attempt: u32) -> PathBuf {
+        self.dir(uid).join(container).join(format!("{attempt}.said"))
     }
 
     /// The log of a container's attempt.

@@ -21,9 +21,10 @@ use kube::{
     api::{Patch, PatchParams, PostParams},
 };
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use vmpod_image::Store;
 
-use crate::{error_chain, host::Host, limited, options::Capacity};
+use crate::{error_chain, host::Host, limited, options::Capacity, pressure::Pressure};
 
 /// How often the status is computed.
 const STATUS_EVERY: Duration = Duration::from_secs(10);
@@ -52,10 +53,12 @@ pub(crate) struct Profile {
 }
 
 /// Whether the node takes pods.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Health {
-    Ready,
-    NotReady(&'static str),
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Health {
+    /// Why it takes none, if it doesn't.
+    pub(crate) unready: Option<&'static str>,
+    /// What it is short of.
+    pub(crate) pressure: Pressure,
 }
 
 /// The Node as it is first made.
@@ -71,7 +74,7 @@ pub(crate) fn node(profile: &Profile, images: Vec<ContainerImage>, now: Timestam
             provider_id: Some(format!("vmpod://{}", profile.name)),
             ..NodeSpec::default()
         }),
-        status: Some(status(profile, images, &Health::Ready, None, now)),
+        status: Some(status(profile, images, &Health::default(), None, now)),
     }
 }
 
@@ -153,15 +156,25 @@ pub(crate) fn status(
 }
 
 fn conditions(health: &Health, old: Option<&NodeStatus>, now: Timestamp) -> Vec<NodeCondition> {
-    let (ready, reason, message) = match health {
-        Health::Ready => (true, "KubeletReady", "kubelet is posting ready status"),
-        Health::NotReady(why) => (false, "KubeletNotReady", *why),
+    let (ready, reason, message) = match health.unready {
+        None => (true, "KubeletReady", "kubelet is posting ready status"),
+        Some(why) => (false, "KubeletNotReady", why),
+    };
+    let memory = if health.pressure.memory {
+        ("KubeletHasInsufficientMemory", "kubelet has insufficient memory available")
+    } else {
+        ("KubeletHasSufficientMemory", "kubelet has sufficient memory available")
+    };
+    let disk = if health.pressure.disk {
+        ("KubeletHasDiskPressure", "kubelet has disk pressure")
+    } else {
+        ("KubeletHasNoDiskPressure", "kubelet has no disk pressure")
     };
     let old = old.and_then(|status| status.conditions.as_deref()).unwrap_or_default();
     let now = Time(Timestamp::from_second(now.as_second()).unwrap_or(now));
     [
-        ("MemoryPressure", false, "KubeletHasSufficientMemory", "kubelet has sufficient memory available"),
-        ("DiskPressure", false, "KubeletHasNoDiskPressure", "kubelet has no disk pressure"),
+        ("MemoryPressure", health.pressure.memory, memory.0, memory.1),
+        ("DiskPressure", health.pressure.disk, disk.0, disk.1),
         ("PIDPressure", false, "KubeletHasSufficientPID", "kubelet has sufficient PID available"),
         ("Ready", ready, reason, message),
     ]
@@ -246,7 +259,7 @@ pub(crate) async fn register(client: &Client, profile: &Profile, store: &Store) 
                 let patch = json!({"metadata": {"labels": wanted}});
                 api.patch(&profile.name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
             }
-            let current = status(profile, listed, &Health::Ready, known.status.as_ref(), now);
+            let current = status(profile, listed, &Health::default(), known.status.as_ref(), now);
             post(&api, &profile.name, &current).await
         }
         Err(error) => Err(error),
@@ -273,6 +286,7 @@ pub(crate) async fn keep_status(
     profile: Profile,
     store: Store,
     mut shown: Node,
+    mut pressure: watch::Receiver<Pressure>,
     updated: impl Fn(Arc<Node>),
 ) {
     let api: Api<Node> = Api::all(client.clone());
@@ -280,9 +294,13 @@ pub(crate) async fn keep_status(
     let mut tick = tokio::time::interval(STATUS_EVERY);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
-        tick.tick().await;
+        tokio::select! {
+            _ = tick.tick() => {}
+            Ok(()) = pressure.changed() => {}
+        }
         let now = Timestamp::now();
-        let wanted = status(&profile, list_images(&store).await, &Health::Ready, shown.status.as_ref(), now);
+        let health = Health { pressure: *pressure.borrow_and_update(), ..Health::default() };
+        let wanted = status(&profile, list_images(&store).await, &health, shown.status.as_ref(), now);
         let due = now.duration_since(posted) >= REPORT_EVERY || now < posted;
         if !due && shown.status.as_ref().is_some_and(|shown| !differs(shown, &wanted)) {
             // Labels and taints are others' to change, and pods are admitted by them.
@@ -320,7 +338,7 @@ pub(crate) async fn keep_status(
 pub(crate) async fn say_goodbye(client: &Client, profile: &Profile, store: &Store) -> Result<(), kube::Error> {
     let api: Api<Node> = Api::all(client.clone());
     let known = api.get(&profile.name).await?;
-    let health = Health::NotReady("node is shutting down");
+    let health = Health { unready: Some("node is shutting down"), ..Health::default() };
     let status = status(profile, list_images(store).await, &health, known.status.as_ref(), Timestamp::now());
     post(&api, &profile.name, &status).await.map(drop)
 }
@@ -422,15 +440,26 @@ mod tests {
     #[test]
     fn a_heartbeat_alone_is_not_written() {
         let at = |second| Timestamp::from_second(second).unwrap();
-        let first = status(&profile(), Vec::new(), &Health::Ready, None, at(0));
-        let second = status(&profile(), Vec::new(), &Health::Ready, Some(&first), at(10));
+        let first = status(&profile(), Vec::new(), &Health::default(), None, at(0));
+        let second = status(&profile(), Vec::new(), &Health::default(), Some(&first), at(10));
         assert!(!differs(&first, &second));
-        let later = status(&profile(), Vec::new(), &Health::NotReady("node is shutting down"), Some(&second), at(20));
+        let later = status(
+            &profile(),
+            Vec::new(),
+            &Health { unready: Some("node is shutting down"), ..Health::default() },
+            Some(&second),
+            at(20),
+        );
         assert!(differs(&second, &later));
         let ready = later.conditions.unwrap().into_iter().find(|c| c.type_ == "Ready").unwrap();
         assert_eq!((ready.status.as_str(), ready.last_transition_time), ("False", Some(Time(at(20)))));
+        let short = Health { pressure: Pressure { memory: false, disk: true }, ..Health::default() };
+        let short = status(&profile(), Vec::new(), &short, Some(&first), at(10));
+        assert!(differs(&first, &short));
+        let told = short.conditions.unwrap().into_iter().find(|c| c.type_ == "DiskPressure").unwrap();
+        assert_eq!((told.status.as_str(), told.reason.as_deref()), ("True", Some("KubeletHasDiskPressure")));
         let mut other = profile();
         other.capacity.pods = 3;
-        assert!(differs(&first, &status(&other, Vec::new(), &Health::Ready, Some(&first), at(0))));
+        assert!(differs(&first, &status(&other, Vec::new(), &Health::default(), Some(&first), at(0))));
     }
 }

@@ -102,6 +102,7 @@ pub(crate) fn status(
         .flatten();
     let mut said = Vec::from(view.conditions(&incomplete, &unready, succeeded, gate(pod)));
     said.extend(located(seen.location));
+    said.extend(disrupted(record));
     let conditions = conditions(&known, &said, generation, now);
     let elsewhere = match seen.location {
         Location::Learnt(learnt) => Some(learnt.address),
@@ -125,6 +126,12 @@ pub(crate) fn status(
         observed_generation: generation,
         ..PodStatus::default()
     }
+}
+
+/// Who ends the pod, when it isn't the pod itself: Jobs don't count such an end as a failure (`podFailurePolicy`).
+fn disrupted(record: &Record) -> Option<Said> {
+    let stop = record.stop.as_ref().filter(|stop| stop.why == StopReason::Evicted)?;
+    Some(Said { message: stop.message.clone(), ..Said::yes("DisruptionTarget").because("TerminationByKubelet") })
 }
 
 /// What is known of an address that has to be learnt; nothing where it is given.

@@ -22,7 +22,7 @@ mod archive;
 mod host;
 mod keeper;
 
-pub(crate) use host::{file_of, share, write};
+pub(crate) use host::{file_of, share, writable_file, write};
 pub(crate) use keeper::{Contents, REFRESH, keep};
 
 /// A file of a volume.

@@ -64,7 +64,8 @@ struct Failure {
 /// Something that happened beside the worker.
 enum Input {
     Done(Job, Result<Outcome, Failure>),
-    MainEnded(Result<ExitStatus, GuestError>),
+    /// How the main process ended, and what it left to say.
+    MainEnded(Result<ExitStatus, GuestError>, Option<String>),
     /// The volumes of this machine are in the guest.
     Mounted(MachineId),
     /// The preStop hook of this machine is over.
@@ -232,7 +233,11 @@ impl Worker {
             self.call_backoff(now);
             let seen = self.observe(machine.as_ref());
             self.show(&wanted, machine.as_ref(), &seen, now);
-            let desired = Desired { pod: wanted.pod.as_deref(), agent_stops: wanted.agent_stops };
+            let desired = Desired {
+                pod: wanted.pod.as_deref(),
+                agent_stops: wanted.agent_stops,
+                evicted: wanted.evicted.as_deref(),
+            };
             let Plan { steps, wake } = plan(desired, self.record.as_ref(), &seen, now);
             let mut stuck = None;
             let idle = steps.is_empty();
@@ -340,10 +345,10 @@ impl Worker {
                 self.local.stopping = false;
                 self.local.killing = false;
             }
-            Input::MainEnded(ended) => {
+            Input::MainEnded(ended, said) => {
                 self.local.waiting_for_main = false;
                 let (code, why) = match ended {
-                    Ok(status) => (Some(status.code()), None),
+                    Ok(status) => (Some(status.code()), said),
                     Err(GuestError::MainLost { why, .. }) => (None, Some(why)),
                     // The machine's own end follows, or the guest answers again.
                     Err(error) => {

@@ -23,6 +23,7 @@ use crate::{
     network::{self, NetworkMode},
     options::{MachineDefaults, Registries},
     pod::{PodUid, Requests},
+    pressure::{self, Pressure},
     prober::Counts,
     record::{Record, Records},
     run_config::RunConfig,
@@ -72,6 +73,8 @@ pub(crate) struct Wanted {
     pub(crate) pod: Option<Arc<Pod>>,
     /// The agent ends; machines get so long.
     pub(crate) agent_stops: Option<SignedDuration>,
+    /// Why the pod is to be ended, if the node runs short of something.
+    pub(crate) evicted: Option<String>,
 }
 
 /// What a worker shows of its pod.
@@ -196,6 +199,7 @@ struct Book {
     admitted: BTreeMap<PodUid, Requests>,
     addresses: BTreeMap<PodUid, Ipv4Addr>,
     node: Option<Arc<Node>>,
+    pressure: Pressure,
 }
 
 impl Ledger {
@@ -234,6 +238,11 @@ impl Ledger {
         self.book().node = Some(node);
     }
 
+    /// What the node is short of.
+    pub(crate) fn set_pressure(&self, pressure: Pressure) {
+        self.book().pressure = pressure;
+    }
+
     /// Counts in a pod that an earlier agent admitted.
     pub(crate) fn restore(&self, uid: &PodUid, pod: &Pod, address: Option<Ipv4Addr>) {
         let mut book = self.book();
@@ -246,6 +255,9 @@ impl Ledger {
     /// Decides whether a pod may run here, and counts it in if so.
     ///
     pub(crate) fn admit(&self, uid: &PodUid, pod: &Pod, node: &str, lacks: Lacks) -> Result<(), Refusal> {
+        if let Some(why) = pressure::refusal(pod, self.book().pressure) {
+            return Err(Refusal::new("Evicted", why));
+        }
         admit::supported(pod, self.privileged)?;
         if self.apple {
             admit::on_apple(pod)?;

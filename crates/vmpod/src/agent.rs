@@ -57,6 +57,11 @@ pub(crate) async fn options(parts: Parts<'_>) -> Result<Options> {
             budget: args.images.image_budget.as_ref().map(|size| size.bytes),
             ..vmpod_node::ImageGc::default()
         },
+        eviction: args
+            .eviction
+            .eviction_hard
+            .clone()
+            .with_transition(args.eviction.eviction_pressure_transition_period),
         prefetch: args.images.prefetch.clone(),
         labels: args.object.node_label.iter().map(|label| (label.key.clone(), label.value.clone())).collect(),
         taints: args.object.taint.clone(),

@@ -4,9 +4,11 @@
 //! as a diff.
 
 mod api;
+mod eviction;
 mod gitlab_executor;
 mod guest_login;
 mod hypervisor;
+mod keda;
 mod network;
 mod node;
 mod service;
@@ -19,9 +21,11 @@ use clap::builder::styling::{AnsiColor, Styles};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 
 pub(crate) use api::{Api, ApiCommand, Token, TokenCommand, TokenCreate};
+pub(crate) use eviction::Eviction;
 pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
 pub(crate) use guest_login::GuestLogin;
 pub(crate) use hypervisor::{Hypervisor, Kind, MachineVz};
+pub(crate) use keda::Keda;
 pub(crate) use network::Network;
 pub(crate) use node::{DockerHost, Node, NodeObject};
 pub(crate) use service::{Manager, Part, Service, ServiceCommand, ServiceInstall, ServiceUninstall};
@@ -152,7 +156,7 @@ pub(crate) struct Up {
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) apply: Option<PathBuf>,
     /// Keep no runner pools
-    #[arg(long, conflicts_with = "metrics_listen")]
+    #[arg(long, conflicts_with_all = ["metrics_listen", "keda_listen"])]
     pub(crate) no_fleet: bool,
     #[command(flatten)]
     pub(crate) fleet: Fleet,
@@ -169,6 +173,8 @@ pub(crate) struct Fleet {
     /// Where the fleet's metrics are offered, in Prometheus' form, to anybody who asks; without it nowhere
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) metrics_listen: Option<std::net::SocketAddr>,
+    #[command(flatten)]
+    pub(crate) keda: Keda,
 }
 
 /// Keep runner pools in a Kubernetes cluster.
@@ -243,6 +249,8 @@ pub(crate) struct NodeMachines {
     pub(crate) sources: Sources,
     #[command(flatten)]
     pub(crate) images: NodeImages,
+    #[command(flatten)]
+    pub(crate) eviction: Eviction,
 }
 
 /// Which images the node keeps.

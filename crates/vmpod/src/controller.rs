@@ -7,6 +7,7 @@ use crate::agent;
 use crate::args;
 use crate::client;
 use crate::interrupts::Interrupts;
+use crate::keda;
 use crate::metrics;
 use crate::output::talk;
 use crate::report::Exit;
@@ -24,6 +25,7 @@ pub(crate) async fn run(args: args::Controller) -> Result<Exit> {
     let client = kube::Client::try_from(config).context("can't make a client for the Kubernetes API")?;
     let identity = args.identity.unwrap_or_else(|| format!("{}-{}", agent::node_name(None), std::process::id()));
     let stop = CancellationToken::new();
+    let (keda, scaled) = (keda::bind(&args.fleet.keda)?, client.clone());
     let options = vmpod_fleet::Options {
         namespace: args.lease_namespace,
         install: !args.no_install,
@@ -31,6 +33,7 @@ pub(crate) async fn run(args: args::Controller) -> Result<Exit> {
         ..vmpod_fleet::Options::new(client, identity)
     };
     let _metrics = metrics::serve(args.fleet.metrics_listen, &options.metrics).await?;
+    let _keda = keda.map(|keda| keda.serve(scaled));
     let mut work = tokio::spawn(vmpod_fleet::run(options, stop.clone()));
     talk(&format!("the fleet operator works for {server}; Ctrl-C stops it, and the runners go on"));
     tokio::select! {

@@ -16,6 +16,7 @@ mod home;
 mod identity;
 mod image;
 mod interrupts;
+mod keda;
 mod logging;
 mod machine_vz;
 mod metrics;

@@ -78,6 +78,8 @@ async fn alone(home: &Home, pod: Pod, args: &args::Run, mut interrupts: Interrup
         registry_ca: Vec::new(),
         sources: args::Sources::default(),
         images: args::NodeImages::default(),
+        // One machine, for as long as somebody waits for it: nothing else is to go first.
+        eviction: args::Eviction { eviction_hard: vmpod_node::Eviction::none(), ..args::Eviction::default() },
     };
     let spinner = progress(args, "starting");
     let starting = Stack::start(Plan {

@@ -12,6 +12,7 @@ use crate::client;
 use crate::home::{Home, Role};
 use crate::image;
 use crate::interrupts::Interrupts;
+use crate::keda;
 use crate::metrics;
 use crate::output::{self, Progress, Style, talk};
 use crate::report::{Exit, Remedy};
@@ -26,6 +27,7 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     clear_dead_runs(home, &Hypervisor::of(&args.machines.hypervisor)?).await;
 
     let fleet_metrics = vmpod_fleet::Metrics::default();
+    let keda = keda::bind(&args.fleet.keda)?;
     let _metrics = metrics::serve(args.fleet.metrics_listen, &fleet_metrics).await?;
     let spinner = Progress::spinner("starting");
     let name = agent::node_name(args.name.as_deref());
@@ -61,7 +63,11 @@ pub(crate) async fn run(home: &Home, args: args::Up) -> Result<Exit> {
     talk(&format!("  {}", style.dim("Ctrl-C stops it")));
     output::data(&format!("{}\n", kubeconfig.display()))?;
 
-    // Ends with this function.
+    // These end with this function.
+    let _keda = match keda {
+        Some(keda) => Some(keda.serve(client::from_file(&kubeconfig, None).await?)),
+        None => None,
+    };
     let mut applying = tokio::task::JoinSet::new();
     if let Some(dir) = manifests {
         let client = client::from_file(&kubeconfig, None).await?;

@@ -22,6 +22,9 @@ pub(super) struct Wants {
     tolerations: Vec<Value>,
 }
 
+const DISK_PRESSURE: &str = "node.kubernetes.io/disk-pressure";
+const MEMORY_PRESSURE: &str = "node.kubernetes.io/memory-pressure";
+
 /// What a node offers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct Offer {
@@ -120,6 +123,12 @@ impl Wants {
     }
 
     fn tolerates(&self, taint: &Taint) -> bool {
+        // Who said how much it needs is given the toleration in a cluster.
+        let sized = self.requests.keys().any(|name| name != "pods");
+        taint.key == MEMORY_PRESSURE && sized || self.tolerates_by_its_own_word(taint)
+    }
+
+    fn tolerates_by_its_own_word(&self, taint: &Taint) -> bool {
         self.tolerations.iter().any(|toleration| {
             let text = |field: &str| toleration[field].as_str().unwrap_or_default();
             let effect = text("effect").is_empty() || text("effect") == taint.effect;
@@ -149,6 +158,13 @@ impl Offer {
         if !ready {
             let effect = "NoSchedule".to_owned();
             taints.push(Taint { key: "node.kubernetes.io/not-ready".into(), value: String::new(), effect });
+        }
+        // A cluster's node controller makes taints of these (kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration).
+        for (condition, key) in [("DiskPressure", DISK_PRESSURE), ("MemoryPressure", MEMORY_PRESSURE)] {
+            let holds = list(&status["conditions"]).any(|one| one["type"] == condition && one["status"] == "True");
+            if holds && !taints.iter().any(|taint| taint.key == key) {
+                taints.push(Taint { key: key.to_owned(), value: String::new(), effect: "NoSchedule".to_owned() });
+            }
         }
         Self {
             name: node["metadata"]["name"].as_str().unwrap_or_default().into(),
@@ -383,6 +399,19 @@ mod tests {
             Err("0/1 nodes are available: 1 node(s) were unschedulable.".into())
         );
         value["spec"] = json!({});
+        let ready = value["status"]["conditions"].clone();
+        let short = |condition: &str| {
+            let mut value = value.clone();
+            value["status"]["conditions"] =
+                json!([{ "type": "Ready", "status": "True" }, { "type": condition, "status": "True" }]);
+            host(&value)
+        };
+        let refused = |key: &str| Err(format!("0/1 nodes are available: 1 node(s) had untolerated taint {{{key}: }}."));
+        assert_eq!(choose(&asks("1", "1Gi"), [&short("DiskPressure")]), refused(DISK_PRESSURE));
+        assert_eq!(choose(&any, [&short("MemoryPressure")]), refused(MEMORY_PRESSURE));
+        assert_eq!(choose(&asks("1", "1Gi"), [&short("MemoryPressure")]), Ok("a".into()), "it said what it needs");
+        value["status"]["conditions"] = ready;
+        assert_eq!(choose(&any, [&host(&value)]), Ok("a".into()));
         value["status"]["conditions"] = json!([]);
         assert_eq!(
             choose(&any, [&host(&value)]),

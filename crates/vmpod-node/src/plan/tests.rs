@@ -83,8 +83,16 @@ fn exit(cause: ExitCause) -> MachineSeen {
     MachineSeen::Stopped(Exit { cause, at: at(5), detail: None })
 }
 
+mod eviction;
+
+const NOTHING: Desired<'_> = Desired { pod: None, agent_stops: None, evicted: None };
+
+fn stop(why: StopReason, deadline: Timestamp) -> Stop {
+    Stop { why, deadline, message: None }
+}
+
 fn next(pod: &Pod, record: Option<&Record>, seen: &Observed, now: i64) -> Plan {
-    plan(Desired { pod: Some(pod), agent_stops: None }, record, seen, at(now))
+    plan(Desired { pod: Some(pod), ..NOTHING }, record, seen, at(now))
 }
 
 fn step(pod: &Pod, record: &Record, seen: &Observed) -> Option<Step> {
@@ -209,9 +217,9 @@ fn deletion_asks_waits_and_kills() {
     let record = started(Main::Unstarted);
     let vm = deleted(pod("Always", false), 30);
     let live = seen(MachineSeen::Live);
-    let Some(Step::NoteStop(stop)) = step(&vm, &record, &live) else { panic!() };
-    assert_eq!(stop, Stop { why: StopReason::Deleted, deadline: at(50) });
-    let record = Record { stop: Some(stop), ..record };
+    let noted = stop(StopReason::Deleted, at(50));
+    assert_eq!(step(&vm, &record, &live), Some(Step::NoteStop(noted.clone())));
+    let record = Record { stop: Some(noted), ..record };
     assert_eq!(step(&vm, &record, &live), Some(Step::PowerDown { deadline: at(50) }));
     let asked = Observed { stopping: true, ..live };
     let waits = next(&vm, Some(&record), &asked, 20);
@@ -229,18 +237,18 @@ fn deletion_asks_waits_and_kills() {
 #[test]
 fn a_second_deletion_can_only_hurry() {
     let live = Observed { stopping: true, ..seen(MachineSeen::Live) };
-    let record = Record { stop: Some(Stop { why: StopReason::Deleted, deadline: at(50) }), ..started(Main::Unstarted) };
+    let record = Record { stop: Some(stop(StopReason::Deleted, at(50))), ..started(Main::Unstarted) };
     assert_eq!(step(&deleted(pod("Always", false), 300), &record, &live), None);
     assert_eq!(
         step(&deleted(pod("Always", false), 1), &record, &live),
-        Some(Step::NoteStop(Stop { why: StopReason::Deleted, deadline: at(21) }))
+        Some(Step::NoteStop(stop(StopReason::Deleted, at(21))))
     );
 }
 
 #[test]
 fn a_main_process_is_signalled() {
     let job = deleted(pod("Always", true), 30);
-    let with = |main| Record { stop: Some(Stop { why: StopReason::Deleted, deadline: at(50) }), ..started(main) };
+    let with = |main| Record { stop: Some(stop(StopReason::Deleted, at(50))), ..started(main) };
     let ready = Observed { guest_ready: true, ..seen(MachineSeen::Live) };
     assert_eq!(step(&job, &with(Main::Started(at(2))), &ready), Some(Step::SignalMain));
     assert_eq!(step(&job, &with(Main::Unstarted), &ready), Some(Step::Kill), "nothing has begun");
@@ -271,9 +279,7 @@ fn the_object_is_deleted_only_after_the_verdict_is_shown() {
 
 #[test]
 fn a_pod_that_vanished_leaves_nothing() {
-    let gone = |seen: &Observed| {
-        plan(Desired { pod: None, agent_stops: None }, Some(&started(Main::Unstarted)), seen, at(0)).steps
-    };
+    let gone = |seen: &Observed| plan(NOTHING, Some(&started(Main::Unstarted)), seen, at(0)).steps;
     assert_eq!(gone(&seen(MachineSeen::Live)), [Step::Run(Job::Remove)]);
     assert_eq!(
         gone(&Observed { job: Some(Job::Prepare), ..seen(MachineSeen::Absent) }),
@@ -286,8 +292,7 @@ fn a_pod_that_vanished_leaves_nothing() {
 #[test]
 fn a_stop_by_the_agent_is_no_verdict_on_pods_that_restart() {
     for (policy, terminal) in [("Always", None), ("OnFailure", None), ("Never", Some(false))] {
-        let record =
-            Record { stop: Some(Stop { why: StopReason::Agent, deadline: at(30) }), ..started(Main::Unstarted) };
+        let record = Record { stop: Some(stop(StopReason::Agent, at(30))), ..started(Main::Unstarted) };
         let Some(Step::End { terminal: got, .. }) =
             step(&pod(policy, false), &record, &Observed { drained: true, ..exit_seen(ExitCause::Killed) })
         else {
@@ -333,6 +338,7 @@ struct Sim {
     finished: Option<Terminal>,
     forgotten: bool,
     agent_stops: bool,
+    evicted: Option<&'static str>,
 }
 
 #[derive(Clone, Debug)]
@@ -352,6 +358,7 @@ enum Chance {
     Vanish,
     AgentDies,
     AgentStops,
+    Evicted,
     ProbeFails,
     HookFails,
     HookEnds,
@@ -375,6 +382,7 @@ fn chance() -> impl Strategy<Value = Chance> {
         1 => Just(Chance::Vanish),
         2 => Just(Chance::AgentDies),
         1 => Just(Chance::AgentStops),
+        1 => Just(Chance::Evicted),
         2 => Just(Chance::ProbeFails),
         1 => Just(Chance::HookFails),
         3 => Just(Chance::HookEnds),
@@ -394,6 +402,7 @@ impl Sim {
             finished: None,
             forgotten: false,
             agent_stops: false,
+            evicted: None,
         }
     }
 
@@ -454,6 +463,7 @@ impl Sim {
             Chance::Delete => self.pod = self.pod.take().map(|pod| deleted(pod, 30)),
             Chance::Vanish => self.pod = None,
             Chance::AgentStops => self.agent_stops = true,
+            Chance::Evicted => self.evicted = Some("low"),
             Chance::ProbeFails => {
                 if self.is_live() {
                     self.observed.failed = Some(Failed { what: "liveness probe".to_owned(), grace: None });
@@ -477,7 +487,7 @@ impl Sim {
                     (machine, _) => machine.clone(),
                 };
                 self.observed = seen(machine);
-                self.agent_stops = false;
+                (self.agent_stops, self.evicted) = (false, None);
                 match &mut self.record {
                     Some(record) if record.attempt.is_none() && record.terminal.is_none() => self.record = None,
                     Some(record) if record.stop.as_ref().is_some_and(|stop| stop.why == StopReason::Agent) => {
@@ -533,8 +543,12 @@ impl Sim {
             return Ok(());
         }
         let stops = self.agent_stops.then(|| SignedDuration::from_secs(10));
-        let plan =
-            plan(Desired { pod: self.pod.as_ref(), agent_stops: stops }, self.record.as_ref(), &self.observed, at(now));
+        let plan = plan(
+            Desired { pod: self.pod.as_ref(), agent_stops: stops, evicted: self.evicted },
+            self.record.as_ref(),
+            &self.observed,
+            at(now),
+        );
         for step in plan.steps {
             match step {
                 Step::Accept => {
@@ -722,7 +736,7 @@ fn hooks_run_once_and_in_their_place() {
     assert_eq!(step(&job, &record, &ready), Some(Step::Run(Job::PostStart)));
     record.attempt.as_mut().unwrap().hooked = true;
     assert_eq!(step(&job, &record, &ready), None);
-    record.stop = Some(Stop { why: StopReason::Deleted, deadline: at(40) });
+    record.stop = Some(stop(StopReason::Deleted, at(40)));
     let gone = deleted(job, 30);
     assert_eq!(step(&gone, &record, &ready), Some(Step::PreStop));
     let running = Observed { pre_stop: HookSeen::Running, ..ready.clone() };
@@ -769,15 +783,14 @@ fn a_machine_waits_for_and_with_the_containers_beside_it() {
     }
     // A pod that is deleted is over when all of it is.
     let mut stopped = over_with(0);
-    stopped.stop = Some(Stop { why: StopReason::Deleted, deadline: at(30) });
+    stopped.stop = Some(stop(StopReason::Deleted, at(30)));
     let pod = deleted(job.clone(), 30);
     let stops = Company { over: Some(true), ..ready };
     assert_eq!(step(&pod, &stopped, &with(stops, Resolved::No)), None);
     let verdict = step(&pod, &stopped, &with(Company { quiet: true, ..stops }, Resolved::No));
     assert!(matches!(verdict, Some(Step::Conclude(Terminal { succeeded: true, .. }))), "{verdict:?}");
     // What the API has no more goes when nothing is left of it.
-    let absent =
-        |company| plan(Desired { pod: None, agent_stops: None }, None, &with(company, Resolved::No), at(20)).steps;
+    let absent = |company| plan(NOTHING, None, &with(company, Resolved::No), at(20)).steps;
     assert_eq!(absent(ready), []);
     assert_eq!(absent(Company { gone: true, ..ready }), [Step::Forget]);
 }

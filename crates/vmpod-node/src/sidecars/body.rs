@@ -160,6 +160,8 @@ pub(super) struct Parts<'a> {
     pub(super) volumes: &'a Path,
     /// Where the directories are that the machine and the containers share.
     pub(super) shared: &'a Path,
+    /// The file on this host that it may leave a message in.
+    pub(super) last_words: &'a Path,
     /// The container that holds the pod's network.
     pub(super) holder: &'a str,
     pub(super) labels: HashMap<String, String>,
@@ -167,7 +169,7 @@ pub(super) struct Parts<'a> {
 
 /// One life of a container.
 pub(super) fn body(parts: Parts<'_>) -> Result<ContainerCreateBody, String> {
-    let Parts { pod, uid, container, command, layout, volumes, shared, holder, labels } = parts;
+    let Parts { pod, uid, container, command, layout, volumes, shared, last_words, holder, labels } = parts;
     let context = container.security_context.as_ref();
     let pods = pod::spec(pod).and_then(|spec| spec.security_context.as_ref());
     let user = context.and_then(|c| c.run_as_user).or_else(|| pods?.run_as_user);
@@ -184,6 +186,13 @@ pub(super) fn body(parts: Parts<'_>) -> Result<ContainerCreateBody, String> {
     let shares = pod::request(container.resources.as_ref(), "cpu").map(Nanos::millis_up);
     let no_more = context.and_then(|context| context.allow_privilege_escalation) == Some(false);
     let some = |words: Vec<String>| Some(words).filter(|words| !words.is_empty());
+    let mut mounts = mounts(uid, layout, volumes, shared)?;
+    mounts.push(Mount {
+        typ: Some(MountType::BIND),
+        source: Some(last_words.display().to_string()),
+        target: Some(crate::last_words::path(container).to_owned()),
+        ..Mount::default()
+    });
     let tty = container.tty == Some(true);
     let stdin = container.stdin == Some(true);
     Ok(ContainerCreateBody {
@@ -200,7 +209,7 @@ pub(super) fn body(parts: Parts<'_>) -> Result<ContainerCreateBody, String> {
         host_config: Some(HostConfig {
             network_mode: Some(format!("container:{holder}")),
             ipc_mode: Some("private".to_owned()),
-            mounts: Some(mounts(uid, layout, volumes, shared)?),
+            mounts: Some(mounts),
             memory,
             // Without more swap than memory there is none.
             memory_swap: memory,
@@ -328,6 +337,7 @@ mod tests {
             layout: &layout,
             volumes: Path::new("/node/volumes"),
             shared: Path::new("/node/shared"),
+            last_words: Path::new("/node/side/0.said"),
             holder: "h",
             labels: HashMap::from([("l".to_owned(), "1".to_owned())]),
         };

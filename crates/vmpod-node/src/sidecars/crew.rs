@@ -17,6 +17,7 @@ use crate::{
     backoff::Backoff,
     docker::{Docker, Life, LifeState, Network},
     events::Kind,
+    last_words,
     pod::{self, PodUid, RestartPolicy},
     probe::{Failed, Purpose},
     prober::Prober,
@@ -330,6 +331,7 @@ impl Actor {
         self.seen.held = inventory.network.is_some() && inventory.holder.as_ref().is_some_and(|(_, runs)| *runs);
         self.network = inventory.network;
         self.seen.lives = inventory.lives;
+        self.hear_last_words().await;
         let running: HashMap<&String, &Life> = (self.seen.lives.iter())
             .filter_map(|(name, lives)| Some((name, lives.last()?)))
             .filter(|(_, life)| matches!(life.state, LifeState::Running(_)))
@@ -360,6 +362,30 @@ impl Actor {
         let known: HashSet<&String> = self.seen.lives.values().flatten().map(|life| &life.id).collect();
         self.counted.retain(|id| known.contains(id));
         self.hooks.retain(|id, _| known.contains(id));
+    }
+
+    /// What those that ended left to say.
+    async fn hear_last_words(&mut self) {
+        let silent: Vec<_> = (self.seen.lives.iter())
+            .flat_map(|(name, lives)| lives.iter().map(move |life| (name, life)))
+            .filter(|(_, life)| matches!(&life.state, LifeState::Ended(end) if end.why.is_none()))
+            .map(|(name, life)| {
+                let file = self.shared.world.records.last_words(&self.shared.uid, name, life.attempt);
+                (life.id.clone(), file)
+            })
+            .collect();
+        if silent.is_empty() {
+            return;
+        }
+        let read = move || -> HashMap<String, String> {
+            silent.into_iter().filter_map(|(id, file)| Some((id, last_words::of_file(&file)?))).collect()
+        };
+        let mut said = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+        for life in self.seen.lives.values_mut().flatten() {
+            if let (LifeState::Ended(end), Some(text)) = (&mut life.state, said.remove(&life.id)) {
+                end.why = Some(text);
+            }
+        }
     }
 
     /// Sees to the health of what runs.

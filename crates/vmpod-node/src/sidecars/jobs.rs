@@ -107,6 +107,13 @@ impl Shared {
         };
         let holder = body::container_name(pod, &self.uid, SANDBOX, 0);
         let (volumes, shared) = (self.volumes(), self.world.records.shared(&self.uid));
+        let last_words = self.world.records.last_words(&self.uid, name, attempt);
+        if let Some(past) = attempt.checked_sub(2) {
+            // Its life is cleared away, and what it said with it.
+            std::fs::remove_file(self.world.records.last_words(&self.uid, name, past)).ok();
+        }
+        volumes::writable_file(&last_words)
+            .map_err(|error| made(format!("{} can't be made: {error}", last_words.display())))?;
         let body = body::body(Parts {
             pod,
             uid: &self.uid,
@@ -115,6 +122,7 @@ impl Shared {
             layout: &layout,
             volumes: &volumes,
             shared: &shared,
+            last_words: &last_words,
             holder: &holder,
             labels: self.docker.labels_of(&self.uid, name, attempt),
         })

@@ -133,7 +133,7 @@ fn phases_states_and_conditions() {
             brief(&of(
                 &console,
                 &Record {
-                    stop: Some(Stop { why: StopReason::Deleted, deadline: at(9) }),
+                    stop: Some(Stop { why: StopReason::Deleted, deadline: at(9), message: None }),
                     terminal: Some(Terminal { succeeded: false, reason: None, message: None, shown_before: false }),
                     ..record()
                 },

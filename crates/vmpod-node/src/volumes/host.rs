@@ -72,6 +72,15 @@ pub(crate) fn share(dir: &Path, names: impl IntoIterator<Item = impl AsRef<str>>
     Ok(())
 }
 
+/// Makes an empty file that everybody may write to who may reach it.
+pub(crate) fn writable_file(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        make(parent)?;
+    }
+    let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    file.set_permissions(fs::Permissions::from_mode(0o666))
+}
+
 /// Directories that everybody may look into: who may reach them at all, the agent's own directory says.
 fn make(dir: &Path) -> io::Result<()> {
     if dir.is_dir() {

@@ -10,6 +10,7 @@ use super::{Flow, Input, Local, MAIN, Worker};
 use crate::{
     error_chain,
     events::Kind,
+    last_words,
     plan::{HookSeen, Job, Step},
     pod::{self, PodUid, RestartPolicy},
     probe::Failed,
@@ -193,13 +194,18 @@ impl Worker {
             .is_some_and(|record| record.attempt.as_ref().is_some_and(|attempt| attempt.ended.is_none()));
         if let (true, true, Some(pod)) = (first, running, &self.pod) {
             let name = pod::machine_container(pod).map_or("", |container| &container.name);
-            let (reason, message) = match stop.why {
-                StopReason::Deadline => {
-                    ("DeadlineExceeded", "Pod was active on the node longer than the specified deadline".to_owned())
+            let (kind, reason, message) = match stop.why {
+                StopReason::Deadline => (
+                    Kind::Normal,
+                    "DeadlineExceeded",
+                    "Pod was active on the node longer than the specified deadline".to_owned(),
+                ),
+                StopReason::Evicted => (Kind::Warning, "Evicted", stop.message.clone().unwrap_or_default()),
+                StopReason::Deleted | StopReason::Agent => {
+                    (Kind::Normal, "Killing", format!("Stopping container {name}"))
                 }
-                StopReason::Deleted | StopReason::Agent => ("Killing", format!("Stopping container {name}")),
             };
-            self.world.events.container(pod, Kind::Normal, reason, message);
+            self.world.events.container(pod, kind, reason, message);
         }
         let shorter = self
             .record
@@ -259,7 +265,15 @@ impl Worker {
         }
     }
 
-    pub(super) async fn end(&mut self, ended: Ended, terminal: Option<Terminal>) -> Flow {
+    pub(super) async fn end(&mut self, mut ended: Ended, terminal: Option<Terminal>) -> Flow {
+        let container = self.pod.as_deref().and_then(pod::machine_container);
+        if let Some(container) = container.filter(|container| last_words::falls_back(container))
+            && (ended.message.is_none() && ended.exit_code != 0)
+            && let Some(attempt) = self.record.as_ref().and_then(|record| record.attempt.as_ref())
+        {
+            let log = self.world.records.log(&self.uid, &container.name, attempt.number);
+            ended.message = last_words::of_log(&log).await;
+        }
         let restarts = terminal.is_none();
         let flow = self
             .change("attempt ended", |record| {

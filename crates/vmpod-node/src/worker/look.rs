@@ -13,6 +13,7 @@ use crate::{
     collect::{Collector, Source},
     error_chain,
     events::Kind,
+    last_words,
     plan::{Location, MachineSeen, Observed, Resolved},
     pod,
     probe::{Purpose, Verdict},
@@ -77,14 +78,20 @@ impl Worker {
         }
         if matches!(attempt.main, Main::Started(_)) && !self.local.waiting_for_main && !state.is_final() {
             self.local.waiting_for_main = true;
-            let (process, send) = (machine.guest().main_process(MAIN), self.send.clone());
+            let (guest, send) = (machine.guest(), self.send.clone());
+            let container = self.pod.as_deref().and_then(pod::machine_container).cloned();
             self.tasks.spawn(async move {
-                let ended = process.wait().await;
+                let ended = guest.main_process(MAIN).wait().await;
+                // While the machine is there: the guest is all that knows it.
+                let said = match (&ended, &container) {
+                    (Ok(_), Some(container)) => last_words::of_guest(&guest, container).await,
+                    _ => None,
+                };
                 if matches!(&ended, Err(error) if !is_final(error)) {
                     tokio::time::sleep(Duration::from_secs(1)).await;
                 }
                 // Nobody listens any more: the worker is over.
-                send.send(Input::MainEnded(ended)).ok();
+                send.send(Input::MainEnded(ended, said)).ok();
             });
         }
         self.attend_probes(machine);

@@ -115,6 +115,8 @@ impl Host {
             defaults: MachineDefaults { cpus: 1, memory: Memory::from_mib(256) },
             registries: Registries::default(),
             image_gc: vmpod_node::ImageGc::default(),
+            // How full the disk of whoever runs the tests is isn't theirs to tell.
+            eviction: vmpod_node::Eviction::none(),
             prefetch: Vec::new(),
             labels: std::collections::BTreeMap::new(),
             taints: Vec::new(),
