@@ -15,6 +15,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 fn certificates(dir: &Path) -> Result<()> {
     let key = || rcgen::KeyPair::generate();
     let mut authority = rcgen::CertificateParams::new(Vec::new())?;
+    authority.distinguished_name.push(rcgen::DnType::CommonName, "an authority of the test's own");
     authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
     let authority_key = key()?;
     std::fs::write(dir.join("ca.pem"), authority.self_signed(&authority_key)?.pem())?;
@@ -95,6 +96,7 @@ async fn pool(up: &Up, queue: &Queue) -> Result<()> {
                 "runnerTokenSecretRef": {"name": "runner", "key": "token"},
             }},
             "image": "tiny", "resources": {"cpu": "500m", "memory": "192Mi"},
+            "userData": queue.user_data(1),
             "placements": [{"name": "nowhere", "nodeSelector": {"no": "such"}}],
             "scale": {"max": 2},
         },

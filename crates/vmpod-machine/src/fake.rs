@@ -216,7 +216,6 @@ struct Main {
     output: Vec<(StdStream, bytes::Bytes)>,
     exit: Option<ExitStatus>,
     ignores_term: bool,
-    input: Vec<u8>,
 }
 
 impl World {
@@ -291,12 +290,6 @@ impl World {
     #[must_use]
     pub fn main_command(&self, id: &MachineId, name: &str) -> Option<MainCommand> {
         Some(self.lock().machines.get(id)?.mains.get(name)?.command.clone())
-    }
-
-    /// What a main process was given to read.
-    #[must_use]
-    pub fn main_input(&self, id: &MachineId, name: &str) -> Option<Vec<u8>> {
-        Some(self.lock().machines.get(id)?.mains.get(name)?.input.clone())
     }
 
     /// Waits until something is true of the world.

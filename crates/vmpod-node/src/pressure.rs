@@ -441,7 +441,7 @@ mod tests {
         FsUsage {
             capacity_bytes: capacity,
             available_bytes: available,
-            used_bytes: capacity - available,
+            used_bytes: capacity.saturating_sub(available),
             inodes: 1000,
             inodes_free: 500,
         }

@@ -72,7 +72,7 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
             } else {
                 None
             };
-            std::iter::once(check).chain(kvm).collect()
+            std::iter::once(check).chain(kvm).chain([check_shares(&qemu)]).collect()
         }
         Hypervisor::Vz(vz) => vz::check(&vz),
     };
@@ -285,7 +285,19 @@ fn check_files(limit: Option<u64>) -> Check {
     }
 }
 
-/// Docker would run sidecars; machines alone never need it.
+/// Only pods that share a volume between their machine and its containers need it.
+fn check_shares(qemu: &Qemu) -> Check {
+    use vmpod_machine::Hypervisor as _;
+    match qemu.no_shares() {
+        None => Check::ok("virtiofsd", "there: machines can share volumes with containers beside them"),
+        Some(_) => Check::warning(
+            "virtiofsd",
+            "not found: pods whose machine shares a volume with a container are refused",
+            "`apt-get install virtiofsd` (on Debian 12, qemu-system-common), or name it with --virtiofsd",
+        ),
+    }
+}
+
 /// Only pods with containers beside their machine need it.
 fn check_docker(host: &str) -> Check {
     let Some(socket) = host.strip_prefix("unix://").map(Path::new) else {
@@ -308,6 +320,15 @@ fn check_docker(host: &str) -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_virtiofsd_is_told_with_its_mend() {
+        let with = |program: &str| check_shares(&Qemu { virtiofsd: Some(program.into()), ..Qemu::default() });
+        assert!(matches!(with("/bin/sh").state, State::Ok));
+        let missing = with("/no/such/virtiofsd");
+        assert!(matches!(missing.state, State::Warning));
+        assert!(missing.mend.unwrap().contains("--virtiofsd"));
+    }
 
     #[test]
     fn qemu_tells_its_version() {

@@ -160,3 +160,87 @@ fn check(share: &Share) -> Result<(), HypervisorError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::id::MachineId;
+    use crate::spec::tests::spec;
+
+    /// Takes one connection, as `virtiofsd` does, and tells when it has ended.
+    const SERVER: &str = "#!/usr/bin/env python3
+import os, socket, sys
+here = os.path.dirname(sys.argv[0])
+assert sys.argv[1] == '--fd=3' and f'source={here}/shared' in sys.argv, sys.argv
+connection, _ = socket.socket(fileno=3).accept()
+open(f'{here}/serves', 'w').close()
+while connection.recv(100):
+    pass
+open(f'{here}/ended', 'w').close()
+";
+
+    fn directory(root: &Path) -> MachineDir {
+        let dir = MachineDir::new(root, &MachineId::parse("a").unwrap());
+        dir.make().unwrap();
+        dir
+    }
+
+    async fn there(path: &Path) -> bool {
+        for _ in 0..200 {
+            if path.exists() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        false
+    }
+
+    #[tokio::test]
+    async fn a_server_ends_with_its_hypervisor_and_without_one() {
+        for hypervisor in [true, false] {
+            let root = tempfile::tempdir().unwrap();
+            let dir = directory(root.path());
+            let program = root.path().join("virtiofsd");
+            std::fs::write(&program, SERVER).unwrap();
+            std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let mut spec = spec("a");
+            spec.shares = vec![Share { tag: "vmpod".to_owned(), path: root.path().join("shared") }];
+            let mut command = Command::new("sleep");
+            command.arg("1");
+            let all = Shares::open(&spec, &dir, Some(&program)).unwrap().connect(&mut command).unwrap();
+            assert!(!dir.file(SOCKET).exists(), "the connection has no name");
+            let (serves, ended) = (root.path().join("serves"), root.path().join("ended"));
+            if hypervisor {
+                let mut child = command.spawn().unwrap();
+                drop(command);
+                all.serve().unwrap();
+                assert!(there(&serves).await);
+                assert!(!ended.exists(), "while its hypervisor runs it serves");
+                child.kill().unwrap();
+                child.wait().unwrap();
+            } else {
+                // The agent that would have started one has died.
+                all.serve().unwrap();
+                drop(command);
+            }
+            assert!(there(&ended).await, "hypervisor: {hypervisor}");
+        }
+    }
+
+    #[test]
+    fn what_can_not_be_shared_is_told() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = directory(root.path());
+        let refused = |tag: &str, path: &str, program: &str| {
+            let mut spec = spec("a");
+            spec.shares = vec![Share { tag: tag.to_owned(), path: path.into() }];
+            Shares::open(&spec, &dir, Some(Path::new(program))).err().unwrap().to_string()
+        };
+        assert!(refused("a", "/x", "/no/such/program").contains("there is no /no/such/program"));
+        assert!(refused("a,b", "/x", "/bin/sh").contains("can't name a shared directory"));
+        assert!(refused("a", "/x,y", "/bin/sh").contains("it has a comma"));
+    }
+}
