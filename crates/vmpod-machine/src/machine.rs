@@ -208,6 +208,8 @@ pub(crate) struct Driver {
     commands: mpsc::UnboundedReceiver<Command>,
     process: Option<Arc<dyn Process>>,
     starting: Option<Starting>,
+    /// What was starting is being cleared away.
+    given_up: bool,
     refusals: watch::Sender<String>,
     guest: Guest,
     /// When to look whether a guest that was told to stop does.
@@ -248,7 +250,20 @@ impl Driver {
         let ask_at = None;
         (
             machine,
-            Self { spec, dir, hypervisor, faults, state, commands, process, starting: None, refusals, guest, ask_at },
+            Self {
+                spec,
+                dir,
+                hypervisor,
+                faults,
+                state,
+                commands,
+                process,
+                starting: None,
+                given_up: false,
+                refusals,
+                guest,
+                ask_at,
+            },
         )
     }
 
@@ -258,8 +273,9 @@ impl Driver {
         let mut trim = tokio::time::interval(TRIM_EVERY);
         let mut asking = JoinSet::new();
         loop {
+            let waits = self.starting.is_some() && !self.given_up;
             let deadline = match &*self.state.borrow() {
-                State::Stopping { deadline } if self.process.is_some() => Some(*deadline),
+                State::Stopping { deadline } if self.process.is_some() || waits => Some(*deadline),
                 _ => None,
             };
             let input = tokio::select! {
@@ -330,6 +346,10 @@ impl Driver {
                     self.ask_at = None;
                     Input::StillRuns
                 },
+                () = sleep_until(deadline), if self.process.is_none() => {
+                    self.give_up();
+                    continue;
+                }
                 () = sleep_until(deadline) => {
                     let result = self.take(Input::DeadlinePassed).await;
                     debug_assert!(result.is_ok(), "a deadline is never denied");
@@ -349,6 +369,18 @@ impl Driver {
             let result = self.take(input).await;
             debug_assert!(result.is_ok(), "only a start is ever denied");
         }
+    }
+
+    /// Ends a start that is under way: whatever it has made so far goes.
+    fn give_up(&mut self) {
+        self.given_up = true;
+        let (hypervisor, dir) = (Arc::clone(&self.hypervisor), self.dir.clone());
+        // What was under way ends here, before what it made is looked for.
+        self.starting = Some(Box::pin(async move {
+            hypervisor.destroy(&dir).await?;
+            let output = "it was to end before it answered".to_owned();
+            Err(HypervisorError::DiedAtStart { hypervisor: hypervisor.name(), output })
+        }));
     }
 
     async fn take(&mut self, input: Input) -> Result<(), Denied> {

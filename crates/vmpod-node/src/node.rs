@@ -297,7 +297,7 @@ impl Node {
         world.events.node(&registered, Kind::Normal, "Starting", "Starting vmpod node agent.");
         let keeper = Arc::clone(&world);
         let (pressed, pressure) = watch::channel(Pressure::default());
-        tasks.spawn(registration::keep_status(
+        let telling = tasks.spawn(registration::keep_status(
             world.client.clone(),
             self.profile.clone(),
             world.store.clone(),
@@ -335,6 +335,8 @@ impl Node {
             }
         };
         if !self.keep_vms && !first {
+            // The last word on the Node is that it takes no more pods.
+            telling.abort();
             self.stop_machines(&mut pods).await;
         }
         tasks.shutdown().await;

@@ -311,8 +311,11 @@ pub(crate) async fn keep(world: Arc<World>, eviction: Eviction, node: Node, told
             short = eviction.short(&look(&world).await);
         }
         let pressure = seen.step(&short, eviction.transition, Timestamp::now());
-        let before = told.send_replace(pressure);
-        tell(&world, &node, before, pressure);
+        let before = *told.borrow();
+        if before != pressure {
+            told.send_replace(pressure);
+            tell(&world, &node, before, pressure);
+        }
         world.ledger.set_pressure(pressure);
         let Some(worst) = short.first() else { continue };
         if leaving.as_ref().is_some_and(|uid| still_runs(&world, uid)) {

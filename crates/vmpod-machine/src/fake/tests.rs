@@ -57,6 +57,35 @@ async fn a_guest_that_ignores_the_button_is_asked() {
     assert_eq!((exit.cause, world.pressed(machine.id())), (ExitCause::GuestShutdown, 2));
 }
 
+/// A process that never answers holds up nobody who wants its machine gone.
+#[tokio::test]
+async fn a_start_that_hangs_ends_at_the_deadline() {
+    let root = tempfile::tempdir().unwrap();
+    let world = World::new();
+    world.set_default(Script { start: Start::Hangs, ..Script::default() });
+    let machines = Machines::open(root.path(), world.hypervisor()).unwrap();
+    for (name, grace) in [("killed", None), ("stopped", Some(Duration::from_millis(50)))] {
+        let machine = machines.create(spec(name)).await.unwrap();
+        let starting = tokio::spawn({
+            let machine = machine.clone();
+            async move { machine.start().await }
+        });
+        machine.state().wait_for(|state| *state == State::Booting).await.unwrap();
+        let ended = async {
+            match grace {
+                None => machine.kill().await,
+                Some(grace) => machine.stop(grace).await,
+            }
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(5), ended).await.unwrap().unwrap();
+        assert!(matches!(&ended, State::Failed(why) if why.contains("was to end before it answered")), "{ended:?}");
+        // Who waits for the start isn't left waiting.
+        drop(starting.await.unwrap());
+        machines.remove(machine.id(), true).await.unwrap();
+    }
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+}
+
 #[tokio::test]
 async fn a_failed_start_says_why() {
     let root = tempfile::tempdir().unwrap();
