@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use command_fds::{CommandFdExt, FdMapping};
+use rustix::fs::{Mode, OFlags};
 
 use crate::directory::MachineDir;
 use crate::hypervisor::HypervisorError;
@@ -75,11 +76,8 @@ impl<'a> Shares<'a> {
             remove(&path)?;
             let failed = || HypervisorError::io(format!("can't make the socket {}", path.display()));
             // By the directory's descriptor: its own path may be longer than a socket's name can be.
-            let opened = rustix::fs::open(
-                dir.path(),
-                rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC,
-                rustix::fs::Mode::empty(),
-            );
+            let how = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let opened = rustix::fs::open(dir.path(), how, Mode::empty());
             let opened = opened.map_err(|error| failed()(error.into()))?;
             let short = short(&opened, &path);
             let listener = UnixListener::bind(&short).map_err(failed())?;
