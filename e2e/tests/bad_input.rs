@@ -133,7 +133,7 @@ async fn a_full_disk_is_told_by_the_pod_and_got_over() -> Result<()> {
     // The file that fills the disk goes when the test says so.
     let script = "dd if=/dev/zero of=$DIR/.fill bs=1k 2>/dev/null || true; \
         (while [ ! -e $VMPOD_HOME/free-it ]; do sleep 0.2; done; rm $DIR/.fill) & \
-        exec $VMPOD up --api-port 0 --kubelet-port 0 >$VMPOD_HOME/out 2>&1";
+        exec $VMPOD up --api-port 0 --kubelet-port 0 --eviction-hard '' >$VMPOD_HOME/out 2>&1";
     let mut command = on_small_disk(&home, &dir, "32m", script)?;
     let mut process = command.kill_on_drop(true).spawn()?;
     let result = full_disk(&home).await;

@@ -207,6 +207,7 @@ async fn a_nodes_certificates_are_renewed_while_it_works() -> Result<()> {
     std::fs::write(&bootstrap, first.vmpod(&["token", "create", "--kubeconfig"]).await?.ok()?)?;
     let mut node = second.command()?;
     node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--renew-certificates", "5s"]);
+    node.args(["--eviction-hard", ""]);
     node.arg("--request-serving-certificate")
         .arg("--bootstrap-kubeconfig")
         .arg(&bootstrap)
@@ -278,7 +279,8 @@ async fn a_nodes_certificates_are_renewed_while_it_works() -> Result<()> {
 async fn second_joins(up: &Up, second: &Home, kubeconfig: &Path, said: &[&str]) -> Result<()> {
     let log = second.path().with_extension("log");
     let mut node = second.command()?;
-    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0"]).args(said);
+    node.args(["node", "--name", "second", "--kubelet-port", "0", "--snapshots", "0", "--eviction-hard", ""])
+        .args(said);
     node.arg("--kubeconfig").arg(kubeconfig);
     let mut node = node.kill_on_drop(true).stderr(std::fs::File::create(&log)?).spawn()?;
     let result = on_second(up, second).await;

@@ -81,8 +81,8 @@ const SUPERVISE: &str = r#"umask "$2"
 input=/dev/null
 if [ -p "$1/in" ]; then
   input=$1/in
-  # Who opens it to read waits for this.
-  sh -c 'exec 8<>"$1/in"; echo "$$" >"$1/holder"; exec sleep 2147483647' hold "$1" </dev/null >/dev/null 2>&1 9>&- &
+  # Who opens it to read waits for this; so its number is there before the command runs, and can end.
+  sh -c 'echo "$$" >"$1/holder"; exec 8<>"$1/in"; exec sleep 2147483647' hold "$1" </dev/null >/dev/null 2>&1 9>&- &
 fi
 sh "$1/run" "$1" <"$input" >>"$1/out" 2>>"$1/err" 9>&-
 code=$?
@@ -145,11 +145,11 @@ while [ ! -s "$m/pid" ] && [ ! -e "$m/exit" ] && [ "$n" -lt 10 ]; do sleep 1; n=
 kill -s "$2" "$(cat "$m/pid")" 2>/dev/null || [ -e "$m/exit" ] || ! kill -s 0 "$(cat "$m/pid")" 2>/dev/null
 "#;
 
-/// Passes its own input on to the process; with `$2` = last, there is none after it. Opened for both: to write alone would wait
-/// for a reader.
+/// Passes its own input on to the process; with `$2` = last, there is none after it. Opened to write alone, which waits until the holder
+/// has it open: what was written before that would be lost.
 const INPUT: &str = r#"
 [ -p "$m/in" ] && [ ! -e "$m/exit" ] || { echo 'it reads no input' >&2; exit 66; }
-exec 8<>"$m/in"
+exec 8>"$m/in"
 cat >&8
 exec 8>&-
 [ "$2" != last ] || { rm -f "$m/in"; kill "$(cat "$m/holder")" 2>/dev/null; }
