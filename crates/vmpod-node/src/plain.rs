@@ -84,7 +84,7 @@ pub async fn plain_machine(
         accel: wanted.accel,
         host: Arch::host(),
         low_ports: false,
-        shared: None,
+        shares: Vec::new(),
     })
     .map_err(|error| error.to_string())?;
     machines.create(spec).await.map_err(|error| error_chain(&error))

@@ -18,7 +18,6 @@ use crate::{
     options::MachineDefaults,
     pod::{self, PodUid},
     quantity::Nanos,
-    volumes,
 };
 
 /// Why a pod and its image don't make a machine: reason `CreateContainerError`, with this message.
@@ -103,8 +102,8 @@ pub(crate) struct Parts<'a> {
     pub(crate) host: Option<Arch>,
     /// Whether ports below 1024 can be forwarded.
     pub(crate) low_ports: bool,
-    /// The directory that the machine shares with the containers beside it, if it does.
-    pub(crate) shared: Option<PathBuf>,
+    /// The directories that the machine shares with the containers beside it.
+    pub(crate) shares: Vec<Share>,
 }
 
 /// The port at a machine's address that leads to its SSH server, unless the pod wants it for itself.
@@ -193,7 +192,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
         snapshot: None,
         mac,
-        shares: parts.shared.map(|path| Share { tag: volumes::SHARE.to_owned(), path }).into_iter().collect(),
+        shares: parts.shares,
     })
 }
 
@@ -304,7 +303,7 @@ mod tests {
             accel: Accel::Kvm,
             host: Some(Arch::Amd64),
             low_ports: false,
-            shared: None,
+            shares: Vec::new(),
         };
         change(&mut parts);
         machine(parts)

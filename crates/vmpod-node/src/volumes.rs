@@ -4,12 +4,17 @@
 //! `..data` points to it, and each name at the top points through `..data`. An update makes another directory and moves
 //! one link, so a reader sees all of the old files or all of the new.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 use k8s_openapi::api::core::v1::{
     ConfigMap, Container, DownwardAPIVolumeFile, KeyToPath, Pod, Secret, ServiceAccountTokenProjection, Volume,
     VolumeProjection,
 };
+
+use vmpod_machine::Share;
 
 use crate::{
     env::{self, Facts, Fetched, Needs},
@@ -42,8 +47,8 @@ pub(crate) enum Content {
     Files(Files),
     /// An empty directory on the guest's disk.
     Disk,
-    /// An empty directory on this host, for the machine and the containers beside it.
-    Shared,
+    /// An empty directory on this host, for the machine, which mounts it by this tag, and the containers beside it.
+    Shared(String),
     /// An empty directory in the guest's memory, of at most so many bytes.
     Memory(Option<u64>),
 }
@@ -113,8 +118,16 @@ pub(crate) fn unsupported(volume: &Volume) -> Option<String> {
     Some(kind.unwrap_or_else(|| "a volume without a source".to_owned()))
 }
 
-/// The name under which the guest mounts [`shared`] directories: each is in it by its volume's name.
-pub(crate) const SHARE: &str = "vmpod";
+/// What the guest mounts: a share for each of the [`shared`] directories, below `dir`. One share for all of them would let the guest
+/// put a link in a directory's place, which containers would then be given.
+pub(crate) fn shares(pod: &Pod, dir: &Path) -> Vec<Share> {
+    let names = shared(pod).into_iter().enumerate();
+    names.map(|(index, name)| Share { tag: tag(index), path: dir.join(name) }).collect()
+}
+
+fn tag(index: usize) -> String {
+    format!("vmpod-{index}")
+}
 
 /// The empty directories that the machine and a container beside it mount.
 pub(crate) fn shared(pod: &Pod) -> BTreeSet<&str> {
@@ -226,8 +239,8 @@ impl Build<'_> {
             let limit = empty.size_limit.as_ref().and_then(|q| Nanos::parse(&q.0).ok()).map(Nanos::units_up);
             return Ok(if empty.medium.as_deref() == Some("Memory") {
                 Content::Memory(limit.filter(|limit| *limit > 0))
-            } else if shared(self.pod).contains(name.as_str()) {
-                Content::Shared
+            } else if let Some(index) = shared(self.pod).iter().position(|shared| *shared == name.as_str()) {
+                Content::Shared(tag(index))
             } else {
                 Content::Disk
             });

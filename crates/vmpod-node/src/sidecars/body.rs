@@ -245,7 +245,7 @@ fn mounts(uid: &PodUid, layout: &Layout, volumes: &Path, shared: &Path) -> Resul
                         .ok_or_else(|| format!("subPath {:?} is not in volume {:?}", mount.sub_path, mount.volume))?;
                     (MountType::BIND, path.display().to_string())
                 }
-                Some(Content::Shared) => (MountType::BIND, shared.join(&mount.volume).display().to_string()),
+                Some(Content::Shared(_)) => (MountType::BIND, shared.join(&mount.volume).display().to_string()),
                 Some(Content::Disk | Content::Memory(_)) => (MountType::VOLUME, volume_name(uid, &mount.volume)),
                 None => return Err(format!("the pod has no volume {:?}", mount.volume)),
             };
@@ -306,7 +306,7 @@ mod tests {
         };
         Layout {
             volumes: BTreeMap::from([
-                ("both".to_owned(), Content::Shared),
+                ("both".to_owned(), Content::Shared("vmpod-0".to_owned())),
                 ("work".to_owned(), Content::Disk),
                 ("fast".to_owned(), Content::Memory(Some(64 << 20))),
                 ("conf".to_owned(), Content::Files(files)),

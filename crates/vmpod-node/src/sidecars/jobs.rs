@@ -68,7 +68,7 @@ impl Shared {
             for (name, content) in &kept.volumes {
                 match content {
                     Content::Files(files) => volumes::write(&dir.join(name), files),
-                    Content::Shared => volumes::share(&shared, [name]),
+                    Content::Shared(_) => volumes::share(&shared, [name]),
                     Content::Disk | Content::Memory(_) => Ok(()),
                 }
                 .map_err(|error| format!("the files of volume {name:?} can't be written: {error}"))?;

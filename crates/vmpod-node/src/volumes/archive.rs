@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, fmt::Write as _};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Content, Files, Layout, SHARE};
+use super::{Content, Files, Layout};
 use crate::tar::Tar;
 
 /// Unpacks an archive on standard input and runs its script, as root.
@@ -41,15 +41,15 @@ files() { # volume, version
         [ "$f" = "$d/$2" ] || rm -rf "$f"
     done
 }
-shared() { # the name of what the host shares
-    [ ! -e /run/vmpod-volumes/mounted/shared ] || return 0
+shared() { # volume, the name by which the host shares it
+    [ ! -e "/run/vmpod-volumes/mounted/$2" ] || return 0
     modprobe virtiofs 2>/dev/null || :
-    mkdir -p $share
-    mount -t virtiofs "$1" $share || {
+    mkdir -p "$share/$1"
+    mount -t virtiofs "$2" "$share/$1" || {
         echo "the guest can't mount the directories that it shares with the pod's other containers: that needs virtiofs (Linux 5.4 or later)" >&2
         exit 1
     }
-    : >/run/vmpod-volumes/mounted/shared
+    : >"/run/vmpod-volumes/mounted/$2"
 }
 bind() { # number, source, target, ro or rw, whether a missing source is made
     [ ! -e "/run/vmpod-volumes/mounted/$1" ] || return 0
@@ -76,7 +76,7 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
                 add(&mut tar, name, files);
                 writeln!(script, "files {name} {}", version(files))
             }
-            Content::Shared => writeln!(script, "shared {SHARE}"),
+            Content::Shared(tag) => writeln!(script, "shared {name} {tag}"),
             Content::Disk => writeln!(script, "mkdir -p $disk/{name}; chmod 777 $disk/{name}"),
             Content::Memory(limit) => {
                 let size = limit.map_or_else(String::new, |limit| format!(",size={limit}"));
@@ -93,7 +93,7 @@ pub(super) fn archive(layout: &Layout) -> Vec<u8> {
         let content = layout.volumes.get(&mount.volume);
         let base = match content {
             Some(Content::Disk) => "$disk",
-            Some(Content::Shared) => "$share",
+            Some(Content::Shared(_)) => "$share",
             _ => "$all",
         };
         let made = u8::from(!matches!(content, Some(Content::Files(_))));

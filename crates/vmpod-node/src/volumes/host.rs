@@ -64,8 +64,9 @@ pub(crate) fn write(dir: &Path, files: &Files) -> io::Result<()> {
 pub(crate) fn share(dir: &Path, names: impl IntoIterator<Item = impl AsRef<str>>) -> io::Result<()> {
     for name in names {
         let place = dir.join(name.as_ref());
-        if !place.is_dir() {
-            make(&place)?;
+        make(&place)?;
+        // An agent that died in between left it as it is made first.
+        if place.metadata()?.permissions().mode() & 0o7777 == 0o755 && place.read_dir()?.next().is_none() {
             fs::set_permissions(&place, fs::Permissions::from_mode(0o777))?;
         }
     }

@@ -176,20 +176,29 @@ fn an_empty_directory_of_machine_and_containers_is_shared() {
     assert_eq!(shared(&pod), BTreeSet::from(["both"]), "an init container is one as well");
     let container = pod::machine_container(&pod).unwrap();
     let layout = layout(&pod, container, &fetched(), &BTreeMap::new(), &facts(), &[]).unwrap();
-    assert_eq!((&layout.volumes["both"], &layout.volumes["vm-only"]), (&Content::Shared, &Content::Disk));
+    assert_eq!(
+        (&layout.volumes["both"], &layout.volumes["vm-only"]),
+        (&Content::Shared("vmpod-0".to_owned()), &Content::Disk)
+    );
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("x.tar");
     std::fs::write(&file, archive::archive(&layout)).unwrap();
     std::process::Command::new("tar").arg("-xf").arg(&file).arg("-C").arg(dir.path()).status().unwrap();
     let script = std::fs::read_to_string(dir.path().join("apply")).unwrap();
     for line in [
-        "shared vmpod\n",
+        "shared both vmpod-0\n",
         "$share/both'' '/both' rw 1\n",
         "$share/both'/x/y' '/one' rw 1\n",
         "$disk/vm-only'' '/own' rw 1\n",
     ] {
         assert!(script.contains(line), "no {line:?} in {script}");
     }
+    let own = shares(&pod, Path::new("/s"));
+    assert_eq!(
+        (own.len(), own[0].path.as_path()),
+        (1, Path::new("/s/both")),
+        "the guest sees no directory above its volume"
+    );
     share(&dir.path().join("shared"), shared(&pod)).unwrap();
     let mode =
         std::os::unix::fs::PermissionsExt::mode(&dir.path().join("shared/both").metadata().unwrap().permissions());

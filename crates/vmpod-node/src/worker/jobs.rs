@@ -137,12 +137,9 @@ impl Worker {
                 }
             };
             world.faults.hit("node: image cloned").await;
-            let names = volumes::shared(&pod);
-            let shared = (!names.is_empty()).then(|| world.records.shared(&uid));
-            if let Some(dir) = &shared {
-                let made = volumes::share(dir, names);
-                made.map_err(|error| failed(format!("{} can't be made: {error}", dir.display())))?;
-            }
+            let dir = world.records.shared(&uid);
+            let made = volumes::share(&dir, volumes::shared(&pod));
+            made.map_err(|error| failed(format!("{} can't be made: {error}", dir.display())))?;
             let spec = translate::machine(translate::Parts {
                 id,
                 uid: &uid,
@@ -163,7 +160,7 @@ impl Worker {
                 accel: world.accel,
                 host: Arch::host(),
                 low_ports: world.low_ports,
-                shared,
+                shares: volumes::shares(&pod, &dir),
             })
             .map_err(|error| failed(error.to_string()))?;
             let spec = match &world.snapshots {
