@@ -124,6 +124,14 @@ impl Docker {
         run(command, stdin, Duration::from_mins(1)).await?.ok()
     }
 
+    /// Makes the image `ansible:1`, which has Ansible, an SSH client and Git.
+    pub async fn with_ansible(self) -> Result<Self> {
+        let tar = crate::prerequisites::ansible()?;
+        let tar = tar.to_str().context("a path that isn't text")?;
+        self.docker(&["import", tar, "ansible:1"]).await?;
+        Ok(self)
+    }
+
     /// Where the data of a volume is.
     #[must_use]
     pub fn volume(&self, name: &str) -> PathBuf {

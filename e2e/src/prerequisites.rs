@@ -54,6 +54,11 @@ pub fn python() -> Result<PathBuf> {
     need(target().join("tools/python"), "the folder of Python packages", "tools")
 }
 
+/// The root file system of a container with Ansible.
+pub fn ansible() -> Result<PathBuf> {
+    need(target().join("guest/ansible.tar"), "the container with Ansible", "ansible")
+}
+
 /// The guest that boots in seconds, an OCI image layout.
 pub fn tiny() -> Result<PathBuf> {
     need(target().join("guest/tiny.oci"), "the tiny guest", "guest")

@@ -16,3 +16,5 @@ pub const START: &str = "vmpod.dev/start";
 /// Whose identifier a macOS guest has as a Mac: `image` (the usual), the one of its image; or `new`, one of its own. What was activated
 /// or signed in under the image's identifier is so only with that.
 pub const MAC_IDENTIFIER: &str = "vmpod.dev/mac-identifier";
+/// Names of containers beside the machine, separated by commas, that start only when its guest answers: what configures the guest.
+pub const AFTER_MACHINE: &str = "vmpod.dev/after-machine";

@@ -5,6 +5,7 @@
 pub mod annotations;
 pub mod labels;
 pub mod pool;
+pub mod provision;
 pub mod runner;
 
 pub use pool::{RunnerPool, RunnerPoolSpec, RunnerPoolStatus};

@@ -10,6 +10,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::provision::Provision;
+
 /// What a pool is to be.
 #[derive(CustomResource, Clone, Debug, PartialEq, Serialize, Deserialize, KubeSchema)]
 #[kube(
@@ -40,7 +42,7 @@ use serde::{Deserialize, Serialize};
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
-#[x_kube(validation = Rule::new("!has(self.provider.http) || has(self.userData)").message("a pool with an http provider needs userData: what its guests run is not known otherwise"))]
+#[x_kube(validation = Rule::new("!has(self.provider.http) || has(self.userData) || has(self.provision)").message("a pool with an http provider needs userData or provision: what its guests run is not known otherwise"))]
 pub struct RunnerPoolSpec {
     /// Where jobs come from.
     pub provider: Provider,
@@ -61,6 +63,9 @@ pub struct RunnerPoolSpec {
     /// guests that don't, such as macOS. Then it is a script, and the machine ends with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data_by: Option<UserDataBy>,
+    /// What configures a machine after its guest answers: then it starts the runner there, and there is no user data but the pool's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub provision: Option<Provision>,
     /// How a machine starts: `auto`, `boot` or `snapshot`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start: Option<Start>,

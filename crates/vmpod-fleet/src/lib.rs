@@ -13,6 +13,7 @@ pub mod objects;
 pub mod operator;
 pub mod plan;
 pub mod provider;
+pub mod provision;
 pub mod queue;
 pub mod schedule;
 pub mod share;

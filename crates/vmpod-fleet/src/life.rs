@@ -28,7 +28,11 @@ pub enum Pod {
     Waiting(Option<String>),
     /// No node has room for it.
     Unschedulable,
-    /// Its guest answers.
+    /// Its guest answers, and what configures it hasn't ended; why that doesn't even run, if it matters.
+    Configuring(Option<String>),
+    /// Its guest answers, and what configures it failed for good.
+    Unprovisioned(String),
+    /// Its guest answers, and nothing is left to do for it.
     Up,
     /// It ended well.
     Succeeded,
@@ -65,6 +69,8 @@ pub struct Seen {
     pub work: Work,
     /// Somebody wants it to go.
     pub draining: bool,
+    /// How long what configures its guest may take; zero where nothing does.
+    pub provision: SignedDuration,
 }
 
 /// The phase that a runner is in, and why, for people.
@@ -104,6 +110,16 @@ pub fn phase(seen: &Seen, now: Timestamp) -> (Phase, Option<String>) {
         (_, Work::Busy) => (if seen.draining { Phase::Draining } else { Phase::Busy }, None),
         (_, Work::Idle) => (if seen.draining { Phase::Draining } else { Phase::Idle }, None),
         (_, Work::Unknown) if worked => (seen.phase, None),
+        // Its last step may have been to start the runner there: while nobody can say whether that has a job, it stays.
+        (Pod::Unprovisioned(why), Work::Unheard) if !worked => failed(format!("its provisioning failed: {why}")),
+        (Pod::Configuring(why), Work::Unheard)
+            if !worked && seen.phase == Phase::Provisioning && over(seen.since, seen.provision) =>
+        {
+            let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+            failed(format!("its provisioning took longer than {:#}{why}", seen.provision))
+        }
+        (Pod::Configuring(why), _) if !worked => (Phase::Provisioning, why.clone()),
+        (Pod::Unprovisioned(why), Work::Unknown) => (Phase::Provisioning, Some(why.clone())),
         (Pod::Up, Work::Unknown) => (Phase::Provisioning, None),
         (_, Work::Unheard) if worked => {
             if over(seen.since, LOST) && seen.phase == Phase::Idle {
@@ -111,13 +127,14 @@ pub fn phase(seen: &Seen, now: Timestamp) -> (Phase, Option<String>) {
             }
             (seen.phase, None)
         }
-        (Pod::Up, Work::Unheard) => {
-            if seen.phase == Phase::Provisioning && over(seen.since, PROVISION) {
-                return failed(format!("the CI system hasn't heard of it within {PROVISION:#}"));
+        (Pod::Up | Pod::Configuring(_) | Pod::Unprovisioned(_), Work::Unheard) => {
+            let limit = PROVISION + seen.provision;
+            if seen.phase == Phase::Provisioning && over(seen.since, limit) {
+                return failed(format!("the CI system hasn't heard of it within {limit:#}"));
             }
             (Phase::Provisioning, None)
         }
-        (Pod::Waiting(_), _) => (seen.phase, None),
+        (Pod::Waiting(_) | Pod::Configuring(_), _) => (seen.phase, None),
     }
 }
 
@@ -132,7 +149,7 @@ mod tests {
     }
 
     fn seen(phase: Phase, pod: Pod, work: Work) -> Seen {
-        Seen { phase, since: at(0), created: at(0), pod, work, draining: false }
+        Seen { phase, since: at(0), created: at(0), pod, work, draining: false, provision: SignedDuration::ZERO }
     }
 
     #[test]
@@ -172,6 +189,29 @@ mod tests {
         assert_eq!(phase(&seen(Phase::Pending, Pod::Unschedulable, Work::Unheard), at(1 << 30)).0, Phase::Pending);
     }
 
+    #[test]
+    fn a_guest_that_can_not_be_configured_has_failed_unless_it_may_have_a_job() {
+        let (limit, no) = (SignedDuration::from_secs(600), || Pod::Unprovisioned("it ended with 2".to_owned()));
+        let at_ = |second, phase_, pod, work| phase(&Seen { provision: limit, ..seen(phase_, pod, work) }, at(second));
+        let open = || Pod::Configuring(None);
+        assert_eq!(at_(1, Phase::Starting, open(), Work::Unheard).0, Phase::Provisioning);
+        assert_eq!(at_(600, Phase::Provisioning, open(), Work::Unheard).0, Phase::Provisioning);
+        let (after, why) = at_(601, Phase::Provisioning, open(), Work::Unheard);
+        assert_eq!((after, why.unwrap().as_str()), (Phase::Failed, "its provisioning took longer than 10m"));
+        let (after, why) = at_(1, Phase::Provisioning, no(), Work::Unheard);
+        assert_eq!((after, why.unwrap().as_str()), (Phase::Failed, "its provisioning failed: it ended with 2"));
+        // Its runner was started, and nobody can say whether it has a job.
+        for pod in [open(), no()] {
+            assert_eq!(at_(99_999, Phase::Provisioning, pod.clone(), Work::Unknown).0, Phase::Provisioning);
+            assert_eq!(at_(1, Phase::Provisioning, pod.clone(), Work::Busy).0, Phase::Busy);
+            assert_eq!(at_(1, Phase::Provisioning, pod.clone(), Work::Idle).0, Phase::Idle);
+            assert_eq!(at_(1, Phase::Busy, pod, Work::Unknown).0, Phase::Busy);
+        }
+        // When it is done, the CI system has as long to hear of it as otherwise.
+        assert_eq!(at_(601, Phase::Provisioning, Pod::Up, Work::Unheard).0, Phase::Provisioning);
+        assert_eq!(at_(1201, Phase::Provisioning, Pod::Up, Work::Unheard).0, Phase::Failed);
+    }
+
     fn any_phase() -> impl Strategy<Value = Phase> {
         proptest::sample::select(vec![
             Phase::Pending,
@@ -190,6 +230,8 @@ mod tests {
             Pod::Absent,
             Pod::Waiting(None),
             Pod::Unschedulable,
+            Pod::Configuring(None),
+            Pod::Unprovisioned("x".to_owned()),
             Pod::Up,
             Pod::Succeeded,
             Pod::Failed("x".to_owned()),
@@ -202,14 +244,15 @@ mod tests {
             before in any_phase(), pod in any_pod(), draining: bool, now in 0..100_000i64,
             work in proptest::sample::select(vec![Work::Unknown, Work::Unheard, Work::Idle, Work::Busy]),
         ) {
-            let seen = Seen { phase: before, since: at(0), created: at(0), pod: pod.clone(), work, draining };
+            let seen = Seen { draining, ..seen(before, pod.clone(), work) };
             let (after, _) = phase(&seen, at(now));
             if before.is_over() {
                 prop_assert_eq!(after, before);
-            } else if before == Phase::Busy && matches!(pod, Pod::Up | Pod::Waiting(_)) && work != Work::Idle {
+            } else if before == Phase::Busy && matches!(pod, Pod::Up | Pod::Waiting(_) | Pod::Configuring(_) | Pod::Unprovisioned(_)) && work != Work::Idle {
                 prop_assert!(!after.is_over(), "a runner with a job was given up: {:?}", after);
             }
-            if work == Work::Unknown && pod == Pod::Up && !before.is_over() {
+            let answers = matches!(pod, Pod::Up | Pod::Configuring(_) | Pod::Unprovisioned(_));
+            if work == Work::Unknown && answers && !before.is_over() {
                 prop_assert!(!after.is_over(), "given up because nobody could be asked");
             }
         }

@@ -20,6 +20,7 @@ use vmpod_api::runner::{Runner, RunnerSpec};
 
 use crate::life;
 use crate::provider::Keep;
+use crate::provision::{self, Progress};
 use crate::share::Amount;
 
 /// The label that says to which pool something belongs.
@@ -41,6 +42,9 @@ pub fn template(spec: &RunnerPoolSpec) -> String {
     let mut text = serde_json::to_string(&made_of).unwrap_or_default();
     if by_command(spec) {
         text.push_str("by command");
+    }
+    if let Some(provision) = &spec.provision {
+        text.push_str(&serde_json::to_string(provision).unwrap_or_default());
     }
     fingerprint(&text)
 }
@@ -94,14 +98,18 @@ fn owned(runner: &Runner) -> ObjectMeta {
 /// The key of a runner's Secret.
 const USER_DATA: &str = "userdata";
 
-/// The Secret with a runner's user data.
+/// The Secret with a runner's user data, and with what its provisioning is told.
 #[must_use]
-pub fn secret(runner: &Runner, user_data: String) -> Secret {
-    Secret {
-        metadata: owned(runner),
-        string_data: Some(BTreeMap::from([(USER_DATA.to_owned(), user_data)])),
-        ..Secret::default()
-    }
+pub fn secret(runner: &Runner, user_data: Option<String>, told: BTreeMap<String, String>) -> Secret {
+    let mut texts = told;
+    texts.extend(user_data.map(|text| (USER_DATA.to_owned(), text)));
+    Secret { metadata: owned(runner), string_data: Some(texts), ..Secret::default() }
+}
+
+/// Whether a guest gets user data: one that is configured otherwise gets what its pool has, and nothing by itself.
+#[must_use]
+pub fn has_user_data(spec: &RunnerPoolSpec) -> bool {
+    spec.provision.is_none() || spec.user_data.is_some()
 }
 
 /// A runner's machine, which is given the token that `keep` holds.
@@ -117,7 +125,9 @@ pub fn pod(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> KubePod {
     let mut metadata = owned(runner);
     let mut notes = BTreeMap::from([(CREDENTIAL.to_owned(), fingerprint(keep.expose()))]);
     let (mut command, mut env) = (None, None);
-    if by_command(spec) {
+    if !has_user_data(spec) {
+        // What configures it tells it.
+    } else if by_command(spec) {
         command = Some(["/bin/sh", "-c", BECOME].map(ToOwned::to_owned).to_vec());
         let key = SecretKeySelector { name: runner.name_any(), key: USER_DATA.to_owned(), optional: None };
         let source = EnvVarSource { secret_key_ref: Some(key), ..EnvVarSource::default() };
@@ -129,7 +139,7 @@ pub fn pod(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> KubePod {
         notes.insert(annotations::START.to_owned(), start.as_str().to_owned());
     }
     metadata.annotations = Some(notes);
-    KubePod {
+    let mut pod = KubePod {
         metadata,
         spec: Some(PodSpec {
             // A clean machine is another runner.
@@ -155,7 +165,11 @@ pub fn pod(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> KubePod {
             ..PodSpec::default()
         }),
         status: None,
+    };
+    if let Some(provision) = &spec.provision {
+        provision::add(&mut pod, provision, &runner.name_any());
     }
+    pod
 }
 
 /// The budget that lets nobody evict a pool's pods.
@@ -194,17 +208,28 @@ pub fn seen(pod: Option<&KubePod>) -> life::Pod {
     let Some(status) = pod.and_then(|pod| pod.status.as_ref()) else {
         return if pod.is_some() { life::Pod::Waiting(None) } else { life::Pod::Absent };
     };
+    let progress = pod.and_then(provision::progress);
     let condition = |kind: &str| status.conditions.iter().flatten().find(|condition| condition.type_ == kind);
     let container = status.container_statuses.iter().flatten().next();
     match status.phase.as_deref() {
         Some("Succeeded") => life::Pod::Succeeded,
         Some("Failed") => {
             let ended = container.and_then(|c| c.state.as_ref()?.terminated.as_ref());
-            let words = [status.reason.clone(), status.message.clone(), ended.and_then(|e| e.message.clone())];
+            let provision = match &progress {
+                Some(Progress::Failed(why)) => Some(format!("its provisioning failed: {why}")),
+                _ => None,
+            };
+            let words =
+                [status.reason.clone(), status.message.clone(), ended.and_then(|e| e.message.clone()), provision];
             let words: Vec<String> = words.into_iter().flatten().collect();
             life::Pod::Failed(if words.is_empty() { "it ended with an error".to_owned() } else { words.join(": ") })
         }
-        _ if condition("Ready").is_some_and(|ready| ready.status == "True") => life::Pod::Up,
+        _ if condition("Ready").is_some_and(|ready| ready.status == "True") && progress.is_none() => life::Pod::Up,
+        _ if pod.is_some_and(provision::machine_ready) && progress.is_some() => match progress {
+            Some(Progress::Failed(why)) => life::Pod::Unprovisioned(why),
+            Some(Progress::Open(why)) => life::Pod::Configuring(why),
+            Some(Progress::Done) | None => life::Pod::Up,
+        },
         _ if condition("PodScheduled").is_some_and(|scheduled| scheduled.status == "False") => life::Pod::Unschedulable,
         _ => {
             let waiting = container.and_then(|c| c.state.as_ref()?.waiting.as_ref());
@@ -334,7 +359,7 @@ mod tests {
         assert_eq!(runner.metadata.generate_name.take().as_deref(), Some("small-"));
         runner.metadata.name = Some("small-abcde".to_owned());
         runner.metadata.uid = Some("u2".to_owned());
-        let secret = secret(&runner, "#cloud-config\n".to_owned());
+        let secret = secret(&runner, Some("#cloud-config\n".to_owned()), BTreeMap::new());
         insta::assert_json_snapshot!((
             &runner,
             secret,

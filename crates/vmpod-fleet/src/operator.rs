@@ -33,6 +33,7 @@ use crate::{chain, leader, objects, schedule};
 
 mod ask;
 mod effects;
+mod events;
 mod pool;
 
 /// Who the operator is to the API: the field manager of what it applies.
@@ -127,6 +128,8 @@ struct Kept {
     fresh: BTreeSet<String>,
     /// Failed runners that were counted.
     counted: BTreeSet<String>,
+    /// What is to be told of the pool.
+    told: Vec<events::Told>,
     /// What was last shown of it.
     look: metrics::Look,
     /// Jobs up to this one were counted as begun; those that hadn't ended then.
@@ -461,8 +464,11 @@ impl Operator {
             _ => Work::Unknown,
         };
         let unschedulable = seen == life::Pod::Unschedulable;
+        let provision = pool.spec.provision.as_ref().map_or(0, |provision| provision.timeout_seconds);
+        let provision = SignedDuration::from_secs(provision.into());
+        let asked = draining.is_some();
         let (phase, message) = life::phase(
-            &life::Seen { phase: status.phase, since, created, pod: seen, work, draining: draining.is_some() },
+            &life::Seen { phase: status.phase, since, created, pod: seen, work, draining: asked, provision },
             now,
         );
         let before = since;
@@ -471,7 +477,10 @@ impl Operator {
             kept.memory.failures = kept.memory.failures.saturating_add(1);
             kept.memory.failed = Some(now);
             self.options.metrics.failed(&label(pool));
-            tracing::warn!(runner = runner.name_any(), why = message.as_deref().unwrap_or_default(), "a runner failed");
+            let why = message.as_ref().or(status.message.as_ref()).map(String::as_str).unwrap_or_default();
+            tracing::warn!(runner = runner.name_any(), why, "a runner failed");
+            let message = format!("Runner {} failed: {why}", runner.name_any());
+            kept.told.push(events::Told { reason: "RunnerFailed", message });
         }
         if matches!(phase, Phase::Idle | Phase::Busy) {
             kept.memory.failures = 0;

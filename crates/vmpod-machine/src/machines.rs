@@ -206,13 +206,13 @@ impl Machines {
     }
 
     /// Keeps a private key that somebody else gave for the machine's guest, in its directory. OpenSSH's format.
-    pub fn keep_key(&self, id: &MachineId, pem: &str) -> Result<PathBuf, MachineError> {
+    pub fn keep_key(&self, id: &MachineId, pem: &str) -> Result<SshKey, MachineError> {
         let dir = self.directory(id)?;
         let path = dir.file(keys::GIVEN);
-        keys::check(pem)
-            .and_then(|()| directory::write_whole(&path, pem.as_bytes()))
-            .map_err(io_error("keep the key", &path))?;
-        Ok(path)
+        let kept = keys::check(pem)
+            .and_then(|public| directory::write_whole(&path, pem.as_bytes()).map(|()| public))
+            .map_err(io_error("keep the key", &path));
+        Ok(SshKey { public: kept?, path })
     }
 
     /// Writes down a machine and makes its seed. A second call with the same description gives the same machine.

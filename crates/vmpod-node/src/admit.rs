@@ -89,6 +89,17 @@ pub(crate) fn supported(pod: &Pod, privileged: bool) -> Result<(), Refusal> {
             return refuse(format!("Annotation {}={other:?}: {InvalidNetwork}", annotations::NETWORK));
         }
     }
+    if let Some(name) = sidecars::after_machine(pod)
+        .find(|name| !spec.containers.iter().skip(1).any(|container| container.name == *name))
+    {
+        return Err(Refusal::new(
+            "FieldUnsupported",
+            format!(
+                "Annotation {}: {name:?} is no container beside the machine; it takes the names of such, separated by commas",
+                annotations::AFTER_MACHINE
+            ),
+        ));
+    }
     if let Err(other) = Start::of(pod) {
         return Err(Refusal::new(
             "StartUnsupported",
@@ -390,6 +401,19 @@ mod tests {
             (json!({"containers": [container], "hostNetwork": true}), "FieldUnsupported"),
         ] {
             assert_eq!(reason(supported(&pod(spec.clone()), true)), Some(want), "{spec}");
+        }
+    }
+
+    #[test]
+    fn what_waits_for_the_machine_must_be_there() {
+        let asks = |names: &str| {
+            let mut pod = pod(json!({"containers": [{"name": "vm"}, {"name": "a"}, {"name": "b"}]}));
+            pod.metadata.annotations = Some([(annotations::AFTER_MACHINE.to_owned(), names.to_owned())].into());
+            supported(&pod, true)
+        };
+        assert_eq!((asks("a"), asks(" b, a ,"), asks("")), (Ok(()), Ok(()), Ok(())));
+        for names in ["c", "a,vm"] {
+            assert!(asks(names).unwrap_err().message.contains("no container beside the machine"), "{names}");
         }
     }
 

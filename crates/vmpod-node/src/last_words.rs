@@ -3,7 +3,8 @@
 
 use std::{io::Read as _, path::Path, time::Duration};
 
-use futures::TryStreamExt as _;
+use bytes::Bytes;
+use futures::{Stream, TryStreamExt as _};
 use k8s_openapi::api::core::v1::Container;
 use vmpod_machine::{Exec, Guest};
 
@@ -47,9 +48,17 @@ pub(crate) fn of_file(path: &Path) -> Option<String> {
 
 /// The end of a log that nobody writes any more.
 pub(crate) async fn of_log(log: &Path) -> Option<String> {
-    let file = LogFile { path: log.to_owned(), live: None };
-    let options = LogOptions { tail_lines: Some(LOG_LINES), ..LogOptions::default() };
-    let mut lines = std::pin::pin!(logs::read(file, options));
+    of_lines(logs::read(LogFile { path: log.to_owned(), live: None }, of_a_log())).await
+}
+
+/// What of a log may count.
+pub(crate) fn of_a_log() -> LogOptions {
+    LogOptions { tail_lines: Some(LOG_LINES), ..LogOptions::default() }
+}
+
+/// The end of what was asked for with [`of_a_log`].
+pub(crate) async fn of_lines<E>(lines: impl Stream<Item = Result<Bytes, E>>) -> Option<String> {
+    let mut lines = std::pin::pin!(lines);
     let mut text: Vec<u8> = Vec::new();
     while let Ok(Some(piece)) = lines.try_next().await {
         text.extend_from_slice(&piece);

@@ -17,6 +17,8 @@ use k8s_openapi::api::core::v1::{
     Container, ContainerState, ContainerStateRunning, ContainerStateTerminated, ContainerStatus, Pod,
 };
 
+use vmpod_api::annotations;
+
 use crate::{
     backoff::{Backoff, go_seconds},
     docker::{Life, LifeEnd, LifeState},
@@ -51,6 +53,8 @@ pub(crate) enum Role {
 pub(crate) struct Member<'a> {
     pub(crate) role: Role,
     pub(crate) container: &'a Container,
+    /// It starts only when the machine's guest answers.
+    pub(crate) after: bool,
 }
 
 /// The containers beside the machine: init containers in their order, then the others.
@@ -58,9 +62,21 @@ pub(crate) fn members(pod: &Pod) -> Vec<Member<'_>> {
     let Some(spec) = pod::spec(pod) else { return Vec::new() };
     let inits = spec.init_containers.iter().flatten().map(|container| {
         let role = if container.restart_policy.as_deref() == Some("Always") { Role::Native } else { Role::Init };
-        Member { role, container }
+        Member { role, container, after: false }
     });
-    inits.chain(spec.containers.iter().skip(1).map(|container| Member { role: Role::Plain, container })).collect()
+    let after: Vec<&str> = after_machine(pod).collect();
+    let plain = spec.containers.iter().skip(1).map(|container| Member {
+        role: Role::Plain,
+        container,
+        after: after.contains(&container.name.as_str()),
+    });
+    inits.chain(plain).collect()
+}
+
+/// The names of the containers that start only when the machine's guest answers.
+pub(crate) fn after_machine(pod: &Pod) -> impl Iterator<Item = &str> {
+    let names = pod::annotation(pod, annotations::AFTER_MACHINE).unwrap_or_default();
+    names.split(',').map(str::trim).filter(|name| !name.is_empty())
 }
 
 /// Whether a pod has containers beside its machine.
@@ -88,6 +104,8 @@ pub(crate) struct Wish {
     /// None when the API has the pod no more: nothing may stay.
     pub(crate) pod: Option<Arc<Pod>>,
     pub(crate) machine: MachineWord,
+    /// Its guest answers now.
+    pub(crate) answers: bool,
     /// The pod is to stop, by then.
     pub(crate) stop: Option<Timestamp>,
     /// The verdict on the pod is written down: only logs are still of use.
@@ -255,17 +273,27 @@ fn doomed(members: &[Member<'_>], policy: RestartPolicy, wish: &Wish, seen: &See
 }
 
 /// Whether the plain containers are over for good, and all succeeded.
-fn over(members: &[Member<'_>], policy: RestartPolicy, stopped: bool, seen: &Seen) -> Option<bool> {
+fn over(members: &[Member<'_>], policy: RestartPolicy, wish: &Wish, seen: &Seen) -> Option<bool> {
+    let stopped = wish.stop.is_some();
     let mut all = true;
     for member in members.iter().filter(|member| member.role == Role::Plain) {
         match seen.end(member.name()) {
             Some(end) if stopped || !member.restarts(policy, end.code) => all &= end.code == 0,
             // What never ran and never will has not done its work.
-            None if stopped && !seen.runs(member.name()) => all = false,
+            None if (stopped || held_back(member, wish, seen) && wish.machine == MachineWord::Over)
+                && !seen.runs(member.name()) =>
+            {
+                all = false;
+            }
             _ => return None,
         }
     }
     Some(all)
+}
+
+/// Whether a container waits for the machine's guest.
+fn held_back(member: &Member<'_>, wish: &Wish, seen: &Seen) -> bool {
+    member.after && !wish.answers && seen.life(member.name()).is_none()
 }
 
 /// Names the next things to do.
@@ -285,7 +313,7 @@ pub(crate) fn plan(pod: &Pod, wish: &Wish, seen: &Seen, now: Timestamp) -> Plan 
     }
     let policy = RestartPolicy::of(pod);
     let stopped = wish.stop.is_some();
-    let finished = wish.machine == MachineWord::Over && over(&members, policy, stopped, seen).is_some();
+    let finished = wish.machine == MachineWord::Over && over(&members, policy, wish, seen).is_some();
     if stopped || finished || doomed(&members, policy, wish, seen) {
         stop_all(pod, &members, wish, seen, now, &mut plan);
         return plan;
@@ -308,7 +336,9 @@ pub(crate) fn plan(pod: &Pod, wish: &Wish, seen: &Seen, now: Timestamp) -> Plan 
             continue;
         }
         let name = member.name();
-        keep(pod, member, policy, seen, now, &mut plan);
+        if !held_back(member, wish, seen) {
+            keep(pod, member, policy, seen, now, &mut plan);
+        }
         let through = match member.role {
             Role::Init => seen.end(name).is_some_and(|end| end.code == 0),
             Role::Native => begun || seen.started(name),
@@ -388,14 +418,13 @@ pub(crate) fn view(pod: &Pod, wish: &Wish, seen: &Seen, now: Timestamp) -> View 
         address: None,
         initialized,
         doomed: doomed(&members, policy, wish, seen),
-        over: over(&members, policy, wish.stop.is_some(), seen),
+        over: over(&members, policy, wish, seen),
         quiet: seen.busy.is_empty() && !members.iter().any(|member| seen.runs(member.name())),
         gone: false,
     };
-    let ends = wish.over || wish.stop.is_some();
     let statuses = |inits: bool| -> Vec<ContainerStatus> {
         let chosen = members.iter().filter(|member| (member.role != Role::Plain) == inits);
-        chosen.map(|member| container_status(pod, member, policy, initialized, ends, seen, now)).collect()
+        chosen.map(|member| container_status(pod, member, policy, initialized, wish, seen, now)).collect()
     };
     View {
         known: false,
@@ -413,16 +442,21 @@ fn container_status(
     member: &Member<'_>,
     policy: RestartPolicy,
     initialized: bool,
-    ends: bool,
+    wish: &Wish,
     seen: &Seen,
     now: Timestamp,
 ) -> ContainerStatus {
     let name = member.name();
+    let ends = wish.over || wish.stop.is_some();
     let lives = seen.lives.get(name).map(Vec::as_slice).unwrap_or_default();
     let current = lives.last();
     let health = seen.health.get(name);
     let previous = lives.iter().rev().nth(1).and_then(terminated);
     let trouble = seen.trouble.get(name).map(|trouble| waiting(&trouble.reason, Some(trouble.message.clone())));
+    let trouble = trouble.or_else(|| {
+        let held = initialized && held_back(member, wish, seen);
+        held.then(|| waiting("WaitingForMachine", Some("it starts when the machine's guest answers".to_owned())))
+    });
     let making = if initialized || member.role != Role::Plain && current.is_some() {
         "ContainerCreating"
     } else {

@@ -90,8 +90,10 @@ pub(crate) struct Parts<'a> {
     pub(crate) clone: &'a ClonedImage,
     pub(crate) size: Size,
     pub(crate) place: network::Place<'a>,
-    /// Our key pair for the guest: the private key's file, the public key's line.
-    pub(crate) key: (PathBuf, String),
+    /// The file of our private key for the guest.
+    pub(crate) key: PathBuf,
+    /// The keys that open a guest that reads a seed: ours, and the one with which the pod says to log in.
+    pub(crate) authorized_keys: Vec<String>,
     pub(crate) user_data: Option<String>,
     /// How to log in, when that isn't as the image says: the user if it is another, and what proves it.
     pub(crate) login: Option<(Option<String>, Auth)>,
@@ -126,7 +128,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
     let seeded = guest.seed == SeedKind::Nocloud;
     let (user, auth) = match (parts.login, &guest.password) {
         (Some((user, auth)), _) => (user.unwrap_or_else(|| guest.user.clone()), auth),
-        (None, _) if seeded => (guest.user.clone(), Auth::Key(parts.key.0)),
+        (None, _) if seeded => (guest.user.clone(), Auth::Key(parts.key)),
         (None, Some(password)) => (guest.user.clone(), Auth::Password(Secret::new(password.clone()))),
         (None, None) => match parts.usual_login {
             Some((user, auth)) => (user.unwrap_or_else(|| guest.user.clone()), auth),
@@ -154,7 +156,7 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         seed: seeded.then(|| Seed {
             instance_id: parts.id.to_string(),
             hostname: pod::hostname(parts.pod),
-            authorized_keys: vec![parts.key.1],
+            authorized_keys: parts.authorized_keys,
             user_data: parts.user_data,
             vendor_data: Some(vendor_data(&guest.user)),
             network_config: None,
@@ -296,7 +298,8 @@ mod tests {
             size: size(&container, "tiny", &config, MachineDefaults::default())?,
             clone: &clone,
             place: network::Place::User([127, 64, 0, 9].into()),
-            key: ("/m/key".into(), "ssh-ed25519 AAAA".to_owned()),
+            key: "/m/key".into(),
+            authorized_keys: vec!["ssh-ed25519 AAAA".to_owned()],
             user_data: Some("#!/bin/sh\n".to_owned()),
             login: None,
             usual_login: None,

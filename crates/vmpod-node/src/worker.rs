@@ -228,7 +228,7 @@ impl Worker {
             let machine = self.machine();
             let now = Timestamp::now();
             self.attend(machine.as_ref(), now);
-            self.lead(&wanted);
+            self.lead(&wanted, machine.as_ref());
             let mut signals = Signals::of(machine.as_ref(), &self.local, self.crew.as_ref());
             self.call_backoff(now);
             let seen = self.observe(machine.as_ref());
@@ -273,7 +273,7 @@ impl Worker {
     }
 
     /// Tells the containers beside the machine how things are with it.
-    fn lead(&mut self, wanted: &Wanted) {
+    fn lead(&mut self, wanted: &Wanted, alive: Option<&Machine>) {
         let Some(record) = self.record.as_ref().filter(|record| record.sidecars) else { return };
         let attempt = record.attempt.as_ref();
         let ended = attempt.and_then(|attempt| attempt.ended.as_ref());
@@ -290,6 +290,7 @@ impl Worker {
         let wish = Wish {
             pod: wanted.pod.clone(),
             machine,
+            answers: alive.is_some_and(|machine| matches!(&*machine.guest().ready().borrow(), GuestState::Ready)),
             stop: record.stop.as_ref().map(|stop| stop.deadline),
             over: record.terminal.is_some(),
         };

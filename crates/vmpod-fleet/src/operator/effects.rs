@@ -1,6 +1,6 @@
 //! What the operator does to single runners.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use futures::StreamExt as _;
 use futures::future::BoxFuture;
@@ -8,13 +8,18 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::ResourceExt as _;
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use russh::keys::ssh_key::LineEnding;
+use russh::keys::{Algorithm, PrivateKey};
 use serde_json::json;
 use vmpod_api::pool::RunnerPool;
+use vmpod_api::provision::Provision;
 use vmpod_api::runner::{Phase, Runner, RunnerStatus};
 
 use super::{AT_ONCE, Expected, GHOST, Kept, MANAGER, Operator, Part, gone, label, machine_id, made, namespace};
-use crate::provider::{Machine, Seen as Job};
-use crate::{life, objects, user_data};
+use crate::provider::{Machine, Seen as Job, Trouble};
+use crate::provision::{self, Login, Proof};
+use crate::user_data::{self, Values};
+use crate::{life, objects};
 
 /// Whether somebody has asked a runner to go.
 fn is_leaving(runner: &Runner) -> bool {
@@ -44,6 +49,39 @@ pub(super) async fn all<T>(effects: Vec<Effect<'_, T>>) -> (Vec<T>, Result<(), k
         }
     }
     (done, first)
+}
+
+/// How what configures a runner's guest gets into it: as the pool's Secret says, or by a key of the machine's own.
+async fn login(
+    secrets: &Api<Secret>,
+    provision: &Provision,
+    runner: &str,
+) -> Result<Result<Login, Trouble>, kube::Error> {
+    if let Some(reference) = &provision.login_secret_ref {
+        let found = secrets.get_opt(&reference.name).await?;
+        let name = &reference.name;
+        let why = match &found {
+            None => format!("there is no Secret {name:?}, which provision.loginSecretRef names"),
+            Some(_) => {
+                format!(
+                    "the Secret {name:?}, which provision.loginSecretRef names, has no ssh-privatekey and no password"
+                )
+            }
+        };
+        return Ok(found.as_ref().and_then(Login::of).ok_or_else(|| Trouble::new(why)));
+    }
+    // The one that it has, if an operator before this one made it: its guest may know that already.
+    let kept = secrets.get_opt(runner).await?;
+    let proof = match kept.as_ref().and_then(Login::of) {
+        Some(login) => login.proof,
+        None => match PrivateKey::random(&mut rand::rng(), Algorithm::Ed25519)
+            .and_then(|key| key.to_openssh(LineEnding::LF))
+        {
+            Ok(pem) => Proof::Key(pem.to_string()),
+            Err(error) => return Ok(Err(Trouble::new(format!("no key can be made: {error}")))),
+        },
+    };
+    Ok(Ok(Login { user: None, proof }))
 }
 
 impl Operator {
@@ -96,6 +134,11 @@ impl Operator {
             let by_command = objects::by_command(&pool.spec);
             let template = pool.spec.user_data.as_deref().or_else(|| by_command.then_some(user_data::SCRIPT));
             let data = provider.user_data(keep, template, machine);
+            let values = || -> Result<_, Trouble> {
+                let one = |name: &str| provider.user_data(keep, Some(&format!("$(VMPOD_{name})")), machine);
+                Ok((one("PROVIDER_URL")?, one("RUNNER_TOKEN")?))
+            };
+            let values = pool.spec.provision.as_ref().map(|provision| (provision, values()));
             let (secrets, pods, runners) = (&secrets, &pods, &runners);
             let fresh = kept.fresh.contains(&name);
             effects.push(Box::pin(async move {
@@ -105,10 +148,22 @@ impl Operator {
                         return Ok(());
                     }
                 }
-                match data {
-                    Ok(data) => {
+                let data = data.map(|data| objects::has_user_data(&pool.spec).then_some(data));
+                let told = match values {
+                    None => Ok(BTreeMap::new()),
+                    Some((_, Err(trouble))) => Err(trouble),
+                    Some((provision, Ok((url, token)))) => {
+                        let jobs = pool.spec.jobs_per_runner;
+                        let values = Values { url: &url, token: &token, system_id: &id, name: &name, jobs };
+                        let login = login(secrets, provision, &name).await?;
+                        login.map(|login| provision::told(provision, &login, &values))
+                    }
+                };
+                match data.and_then(|data| Ok((data, told?))) {
+                    Ok((data, told)) => {
                         // Whatever an operator before this one put there: its token may be gone since.
-                        let (secret, apply) = (objects::secret(runner, data), PatchParams::apply(MANAGER).force());
+                        let secret = objects::secret(runner, data, told);
+                        let apply = PatchParams::apply(MANAGER).force();
                         secrets.patch(&runner.name_any(), &apply, &Patch::Apply(&secret)).await?;
                         made(pods.create(&PostParams::default(), &objects::pod(pool, runner, keep)).await)
                     }

@@ -26,6 +26,10 @@ impl Operator {
         now: Timestamp,
     ) -> Result<Look, kube::Error> {
         let pool = part.pool.as_ref();
+        let told = std::mem::take(&mut kept.told);
+        if !told.is_empty() {
+            self.warn(pool, told, now).await;
+        }
         if pool.metadata.deletion_timestamp.is_some() {
             self.end(part, kept, runners, now).await?;
             // It is counted until it is gone: its machines still come to their ends.

@@ -14,10 +14,13 @@ pub(crate) const FILE: &str = "id_ed25519";
 /// A key of somebody else's.
 pub(crate) const GIVEN: &str = "login_key";
 
-/// Whether a text is a private key that can be used: without a passphrase, in OpenSSH's format.
-pub(crate) fn check(pem: &str) -> io::Result<()> {
+/// The public half of a private key, if that can be used: without a passphrase, in OpenSSH's format.
+pub(crate) fn check(pem: &str) -> io::Result<String> {
     let key = PrivateKey::from_openssh(pem).map_err(io::Error::other)?;
-    if key.is_encrypted() { Err(io::Error::other("it is encrypted: give one without a passphrase")) } else { Ok(()) }
+    if key.is_encrypted() {
+        return Err(io::Error::other("it is encrypted: give one without a passphrase"));
+    }
+    key.public_key().to_openssh().map_err(io::Error::other)
 }
 
 /// A machine's key pair for its guest.
@@ -75,8 +78,9 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = MachineDir::new(root.path(), &MachineId::parse("a").unwrap());
         dir.make().unwrap();
-        let pem = std::fs::read_to_string(ensure(&dir).unwrap().path).unwrap();
-        check(&pem).unwrap();
+        let own = ensure(&dir).unwrap();
+        let pem = std::fs::read_to_string(own.path).unwrap();
+        assert_eq!(check(&pem).unwrap(), own.public);
         assert!(check("rubbish").is_err());
         let key = PrivateKey::from_openssh(&pem).unwrap().encrypt(&mut rand::rng(), "secret").unwrap();
         let locked = key.to_openssh(LineEnding::LF).unwrap();

@@ -11,7 +11,7 @@ use k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{Mutex, broadcast, mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use super::{Act, Health, SANDBOX, Seen, Trouble, View, Wish, members, plan, view};
+use super::{Act, Health, SANDBOX, Seen, Trouble, View, Wish, members, open_log, plan, view};
 use crate::{
     action::Where,
     backoff::Backoff,
@@ -145,8 +145,8 @@ impl Crew {
                 (None, None) => true,
                 _ => false,
             };
-            let same =
-                same_pod && wish.machine == wanted.machine && wish.stop == wanted.stop && wish.over == wanted.over;
+            let told = |wish: &Wish| (wish.machine, wish.answers, wish.stop, wish.over);
+            let same = same_pod && told(wish) == told(&wanted);
             if !same {
                 *wish = wanted;
             }
@@ -331,7 +331,7 @@ impl Actor {
         self.seen.held = inventory.network.is_some() && inventory.holder.as_ref().is_some_and(|(_, runs)| *runs);
         self.network = inventory.network;
         self.seen.lives = inventory.lives;
-        self.hear_last_words().await;
+        self.hear_last_words(pod).await;
         let running: HashMap<&String, &Life> = (self.seen.lives.iter())
             .filter_map(|(name, lives)| Some((name, lives.last()?)))
             .filter(|(_, life)| matches!(life.state, LifeState::Running(_)))
@@ -365,22 +365,41 @@ impl Actor {
     }
 
     /// What those that ended left to say.
-    async fn hear_last_words(&mut self) {
-        let silent: Vec<_> = (self.seen.lives.iter())
-            .flat_map(|(name, lives)| lives.iter().map(move |life| (name, life)))
-            .filter(|(_, life)| matches!(&life.state, LifeState::Ended(end) if end.why.is_none()))
-            .map(|(name, life)| {
-                let file = self.shared.world.records.last_words(&self.shared.uid, name, life.attempt);
-                (life.id.clone(), file)
-            })
+    async fn hear_last_words(&mut self, pod: &Pod) {
+        let talkers: HashSet<String> = members(pod)
+            .into_iter()
+            .filter(|member| last_words::falls_back(member.container))
+            .map(|member| member.container.name.clone())
             .collect();
+        // Each with whether its log will do.
+        let mut silent = Vec::new();
+        for (name, lives) in &self.seen.lives {
+            for life in lives {
+                let LifeState::Ended(end) = &life.state else { continue };
+                if end.why.is_none() {
+                    let file = self.shared.world.records.last_words(&self.shared.uid, name, life.attempt);
+                    silent.push((life.id.clone(), file, end.code != 0 && talkers.contains(name)));
+                }
+            }
+        }
         if silent.is_empty() {
             return;
         }
+        let files: Vec<_> = silent.iter().map(|(id, file, _)| (id.clone(), file.clone())).collect();
         let read = move || -> HashMap<String, String> {
-            silent.into_iter().filter_map(|(id, file)| Some((id, last_words::of_file(&file)?))).collect()
+            files.into_iter().filter_map(|(id, file)| Some((id, last_words::of_file(&file)?))).collect()
         };
         let mut said = tokio::task::spawn_blocking(read).await.unwrap_or_default();
+        for (id, file, _) in silent.into_iter().filter(|(_, _, by_log)| *by_log) {
+            if !said.contains_key(&id)
+                && let Ok(log) = open_log(&self.shared.docker, &id, last_words::of_a_log()).await
+                && let Some(text) = last_words::of_lines(log).await
+            {
+                // As if the container had written it: then the engine isn't asked at the next look.
+                tokio::fs::write(&file, &text).await.ok();
+                said.insert(id, text);
+            }
+        }
         for life in self.seen.lives.values_mut().flatten() {
             if let (LifeState::Ended(end), Some(text)) = (&mut life.state, said.remove(&life.id)) {
                 end.why = Some(text);

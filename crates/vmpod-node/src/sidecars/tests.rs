@@ -103,6 +103,27 @@ fn the_way_up_is_in_order() {
 }
 
 #[test]
+fn what_configures_the_guest_starts_when_that_answers() {
+    let mut pod = pod("Never");
+    pod.metadata.annotations = Some([("vmpod.dev/after-machine".to_owned(), "other, side".to_owned())].into());
+    let lives = |more: &[(&str, LifeState)]| seen(&[&[("native", running())], more].concat());
+    let told = |wish: &Wish, seen: &Seen| view(&pod, wish, seen, at(10));
+    let waits = wish(MachineWord::Lives);
+    assert_eq!(acts(&pod, &waits, &lives(&[])), [""; 0]);
+    let shown = told(&waits, &lives(&[])).plain.remove(0).state.unwrap().waiting.unwrap();
+    assert_eq!(shown.reason.as_deref(), Some("WaitingForMachine"));
+    let answers = Wish { answers: true, ..waits.clone() };
+    assert_eq!(acts(&pod, &answers, &lives(&[])), ["run side 0"]);
+    // What has begun is the machine's no more: a guest that is silent for a while doesn't end it, nor hide how it ended.
+    assert_eq!(acts(&pod, &waits, &lives(&[("side", LifeState::Created)])), ["run side 0"]);
+    assert_eq!(told(&waits, &lives(&[("side", ended(0))])).company.over, Some(true));
+    // A machine that ends before it ever answered leaves nothing to wait for.
+    let over = wish(MachineWord::Over);
+    assert_eq!(told(&over, &lives(&[])).company.over, Some(false));
+    assert_eq!(acts(&pod, &over, &lives(&[])), ["stop native in 30"]);
+}
+
+#[test]
 fn what_ended_runs_again_as_the_policy_says() {
     let lives = |side: i32| seen(&[("native", running()), ("side", ended(side))]);
     for (policy, code, again) in

@@ -126,14 +126,16 @@ impl Worker {
             });
             let (key, clone) = futures::try_join!(key, clone).map_err(|error| failed(error.to_string()))?;
             let (key, (container, size, clone)) = (key.map_err(failed)?, clone.map_err(failed)?);
+            let mut authorized_keys = vec![key.public];
             let login = match login {
                 None => None,
                 Some(Login { user, proof: Proof::Password(password) }) => {
                     Some((user, Auth::Password(Secret::new(password))))
                 }
                 Some(Login { user, proof: Proof::Key(pem) }) => {
-                    let path = world.machines.keep_key(&id, &pem).map_err(|error| failed(error_chain(&error)))?;
-                    Some((user, Auth::Key(path)))
+                    let given = world.machines.keep_key(&id, &pem).map_err(|error| failed(error_chain(&error)))?;
+                    authorized_keys.push(given.public);
+                    Some((user, Auth::Key(given.path)))
                 }
             };
             world.faults.hit("node: image cloned").await;
@@ -153,7 +155,8 @@ impl Worker {
                 } else {
                     NetworkPlace::of(&pod, &world.network, world.nat.config(), address).map_err(failed)?
                 },
-                key: (key.path, key.public),
+                key: key.path,
+                authorized_keys,
                 user_data,
                 login,
                 usual_login: world.guest_login.clone(),
