@@ -1,6 +1,6 @@
 # Every command is one line that can be typed by hand as well. Each installs what it needs (scripts/prerequisites).
 .DEFAULT_GOAL := help
-.PHONY: help deps build guest guest-debian ansible agent tools fmt lint check-macos tidy unit doctest doc e2e test demo bench bench-image clean
+.PHONY: help deps build guest guest-debian guest-secure ansible agent tools fmt lint check-macos tidy unit doctest doc e2e test demo bench bench-image clean
 export PATH := $(PATH):$(CURDIR)/target/tools/bin
 
 help: ## say what there is
@@ -17,6 +17,9 @@ guest: build ## make target/guest/tiny.oci, a guest that boots in seconds
 
 guest-debian: build ## make target/guest/debian.oci, Debian 12 with cloud-init
 	scripts/prerequisites guest machine && guests/debian/build
+
+guest-secure: build ## make target/guest/secure.oci, which boots as Windows does: Secure Boot, a TPM
+	scripts/prerequisites guest machine && guests/secure/build
 
 ansible: ## make target/guest/ansible.tar, a container that configures guests
 	scripts/prerequisites guest && guests/ansible/build
@@ -48,7 +51,7 @@ doctest: ## the examples in the documentation
 doc: ## build the documentation, warnings are errors
 	RUSTDOCFLAGS='-D warnings' cargo doc --workspace --locked --no-deps --document-private-items
 
-e2e: guest guest-debian ansible agent ## tests with real virtual machines and a real kubectl
+e2e: guest guest-debian guest-secure ansible agent ## tests with real virtual machines and a real kubectl
 	scripts/prerequisites test e2e && cargo nextest run --workspace --locked -E 'package(e2e)'
 
 test: ## all of it: fmt, build with lints, tidy, unit, doctest, doc, guests, e2e

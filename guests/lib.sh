@@ -70,7 +70,7 @@ parts() {
     mv "$parts.new" "$parts"
 }
 
-kernel_version() { basename "$(echo "$parts"/lib/modules/*-cloud-"$arch")"; }
+kernel_version() { basename "$(echo "$parts"/lib/modules/*-"$arch")"; }
 kernel() { echo "$parts/boot/vmlinuz-$(kernel_version)"; }
 
 # Prints the files of the named kernel modules and of all that they need, in the order in which they load.

@@ -8,8 +8,8 @@ use anyhow::{Context as _, Result, bail};
 use vmpod_image::{ClonedBoot, ImportOptions, Reference, Source, Store, import};
 use vmpod_machine::qemu::Qemu;
 use vmpod_machine::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Forward, GuestOs, GuestState, MacAddr, Machine, MachineId, Machines, Memory,
-    Network, Protocol, Seed, Spec, loopback,
+    Accel, Access, Arch, Auth, Boot, Cpus, Devices, Forward, GuestOs, GuestState, MacAddr, Machine, MachineId,
+    Machines, Memory, Network, Protocol, Seed, SeedForm, Spec, loopback,
 };
 
 use crate::prerequisites::{program, scratch, tiny};
@@ -63,6 +63,7 @@ impl Host {
             boot: Boot::Kernel { kernel, initrd, cmdline },
             disks: Vec::new(),
             seed: Some(Seed {
+                form: SeedForm::Nocloud,
                 instance_id: id.to_string(),
                 hostname: name.to_owned(),
                 authorized_keys: vec![key.public],
@@ -86,6 +87,8 @@ impl Host {
             accel: Accel::Tcg,
             snapshot: None,
             mac: None,
+            devices: Devices::Virtio,
+            tpm: false,
             shares: Vec::new(),
             id,
         })

@@ -54,6 +54,11 @@ pub fn python() -> Result<PathBuf> {
     need(target().join("tools/python"), "the folder of Python packages", "tools")
 }
 
+/// The guest that boots as Windows does.
+pub fn secure() -> Result<PathBuf> {
+    need(target().join("guest/secure.oci"), "the guest that boots by Secure Boot", "guest-secure")
+}
+
 /// The root file system of a container with Ansible.
 pub fn ansible() -> Result<PathBuf> {
     need(target().join("guest/ansible.tar"), "the container with Ansible", "ansible")

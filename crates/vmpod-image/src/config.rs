@@ -28,6 +28,9 @@ pub struct Config {
     /// What a macOS guest is bound to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub macos: Option<MacIdentity>,
+    /// What hardware the guest needs beyond processors, memory and disks.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub hardware: Hardware,
     /// How to reach and to prepare the guest.
     #[serde(default)]
     pub guest: GuestConfig,
@@ -175,6 +178,31 @@ pub struct DiskConfig {
     pub size: u64,
 }
 
+/// What hardware a guest needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Hardware {
+    /// The kind of its devices.
+    pub devices: DeviceKind,
+    /// A TPM 2.0, as Windows 11 wants it.
+    pub tpm: bool,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// The kind of a guest's devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceKind {
+    /// Virtio: fast, and the guest needs drivers for it.
+    #[default]
+    Virtio,
+    /// Those of common hardware, for guests without such drivers, such as Windows as it comes.
+    Emulated,
+}
+
 /// What binds a macOS guest to a virtual Mac.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -228,6 +256,9 @@ pub enum SeedKind {
     /// From a disk labelled `cidata` (cloud-init's `NoCloud`).
     #[default]
     Nocloud,
+    /// From a disc labelled `config-2` (`OpenStack`'s config drive, which cloudbase-init reads); user data that is XML are answers for
+    /// Windows' own set-up.
+    Configdrive,
     /// Not at all.
     None,
 }
@@ -246,6 +277,7 @@ mod tests {
             min_cpus: Some(1),
             min_memory: Some(256 << 20),
             macos: None,
+            hardware: Hardware::default(),
             guest: GuestConfig { ready_marker: Some("ready".to_owned()), ..GuestConfig::default() },
             labels: BTreeMap::from([("team".to_owned(), "ci".to_owned())]),
         };

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::watch;
 
 use crate::blobs::{BlobError, Retry};
-use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Os};
+use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Hardware, Os};
 use crate::digest::{Digest, Hasher};
 use crate::format::{self, FormatError, native};
 use crate::image::Image;
@@ -85,6 +85,8 @@ pub struct ImportOptions {
     pub min_cpus: Option<u32>,
     /// The least memory, bytes.
     pub min_memory: Option<u64>,
+    /// What other hardware the guest needs.
+    pub hardware: Hardware,
     /// How to reach the guest.
     pub guest: GuestConfig,
     /// Labels.
@@ -104,6 +106,7 @@ impl Default for ImportOptions {
             cmdline: String::new(),
             min_cpus: None,
             min_memory: None,
+            hardware: Hardware::default(),
             guest: GuestConfig::default(),
             labels: BTreeMap::new(),
             progress: None,
@@ -330,6 +333,7 @@ fn import_into(
         min_cpus: options.min_cpus,
         min_memory: options.min_memory,
         macos: None,
+        hardware: options.hardware,
         guest: options.guest,
         labels: options.labels,
     };

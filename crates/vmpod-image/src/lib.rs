@@ -42,7 +42,8 @@ pub use blobs::{BlobError, Retry};
 pub use capture::{CaptureError, CaptureOptions, CapturedDisk, DiskCopies, capture};
 pub use clone::clone_disk;
 pub use config::{
-    Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind, UnknownName,
+    Architecture, Boot, Config, DeviceKind, DiskConfig, Firmware, GuestConfig, Hardware, MacIdentity, Os, SeedKind,
+    UnknownName,
 };
 pub use credentials::{Credential, Credentials, CredentialsError, Secret};
 pub use digest::{Digest, DigestError};

@@ -12,8 +12,8 @@ use std::time::Instant;
 
 use vmpod_machine::qemu::Qemu;
 use vmpod_machine::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Exec, GuestOs, GuestState, MacAddr, MachineId, Machines, Memory, Network,
-    Seed, Spec, loopback,
+    Accel, Access, Arch, Auth, Boot, Cpus, Devices, Exec, GuestOs, GuestState, MacAddr, MachineId, Machines, Memory,
+    Network, Seed, SeedForm, Spec, loopback,
 };
 
 #[tokio::main]
@@ -38,6 +38,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         boot: Boot::Kernel { kernel: kernel.into(), initrd: Some(initrd.into()), cmdline },
         disks: Vec::new(),
         seed: Some(Seed {
+            form: SeedForm::Nocloud,
             instance_id: id.to_string(),
             hostname: id.to_string(),
             authorized_keys: vec![key.public],
@@ -61,6 +62,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         accel: Accel::Tcg,
         snapshot: None,
         mac: None,
+        devices: Devices::Virtio,
+        tpm: false,
         shares: Vec::new(),
     };
     let begin = Instant::now();

@@ -19,6 +19,7 @@ pub mod main_process;
 pub(crate) mod shell;
 pub(crate) mod ssh;
 mod supervisor;
+mod windows;
 
 use main_process::{MainCommand, MainProcess, Offset, OutputChunk, Started};
 

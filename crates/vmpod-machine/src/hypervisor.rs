@@ -46,6 +46,11 @@ pub trait Hypervisor: Send + Sync + 'static {
         None
     }
 
+    /// Why machines can't have a TPM ([`Spec::tpm`]) here; none if they can.
+    fn no_tpm(&self) -> Option<String> {
+        Some(format!("{} gives its guests none", self.name()))
+    }
+
     /// Why machines can't have [`Spec::shares`] here; none if they can.
     fn no_shares(&self) -> Option<String> {
         Some("this hypervisor shares no directories with guests".to_owned())

@@ -48,8 +48,8 @@ pub use lifecycle::{Exit, ExitCause, State};
 pub use machine::Machine;
 pub use machines::{Adopted, MachineError, Machines, SshKey};
 pub use spec::{
-    Accel, Access, Arch, Assigned, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, HostPort, Mac,
-    MacAddr, Memory, Network, Protocol, Secret, Seed, Share, Snapshot, Spec,
+    Accel, Access, Arch, Assigned, Auth, Boot, Cpus, Devices, Disk, DiskFormat, Firmware, Forward, GuestOs, HostPort,
+    Mac, MacAddr, Memory, Network, Protocol, Secret, Seed, SeedForm, Share, Snapshot, Spec,
 };
 pub use template::{Template, TemplateError, TemplateId, TemplateKey, Templates};
 pub use vmpod_network::learn::{Learnt, Source as LearntFrom};

@@ -33,8 +33,12 @@ pub(crate) enum Lock {
 
 /// Takes the machine's lock, if nobody has it.
 pub(crate) fn take_lock(dir: &MachineDir) -> Result<Lock, HypervisorError> {
-    let path = dir.file(LOCK);
-    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+    take(&dir.file(LOCK))
+}
+
+/// Takes the lock on a file, if nobody has it.
+pub(crate) fn take(path: &Path) -> Result<Lock, HypervisorError> {
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
     let lock = match open {
         Ok(lock) => lock,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Lock::Absent),
@@ -51,12 +55,12 @@ pub(crate) fn take_lock(dir: &MachineDir) -> Result<Lock, HypervisorError> {
 
 /// The process that has the machine: by its standard input, where the kernel shows that, else by the lock that tells its owner.
 pub(crate) fn holder(dir: &MachineDir) -> Option<u32> {
-    by_standard_input(dir).or_else(|| owner(&dir.file(OWNER)))
+    by_standard_input(&dir.file(LOCK)).or_else(|| owner(&dir.file(OWNER)))
 }
 
-/// The process that has the machine's lock as its standard input.
-fn by_standard_input(dir: &MachineDir) -> Option<u32> {
-    let wanted = identity(&dir.file(LOCK))?;
+/// The process that has a lock's file as its standard input.
+pub(crate) fn by_standard_input(lock: &Path) -> Option<u32> {
+    let wanted = identity(lock)?;
     std::fs::read_dir("/proc").ok()?.filter_map(Result::ok).find_map(|entry| {
         let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
         (identity(&entry.path().join("fd/0"))? == wanted).then_some(pid)
@@ -97,18 +101,27 @@ pub(crate) fn take_to_start(dir: &MachineDir) -> Result<File, HypervisorError> {
 /// Kills whatever has the machine, and returns when nobody has it. One whose holder can't be found within `limit` is an error: between a
 /// fork and its exec, and until a helper has said who it is, nobody shows.
 pub(crate) async fn clear(dir: &MachineDir, limit: Duration) -> Result<(), HypervisorError> {
+    clear_file(&dir.file(LOCK), limit, || holder(dir)).await
+}
+
+/// The same for any lock; `holder` tells who has it.
+pub(crate) async fn clear_file(
+    lock: &Path,
+    limit: Duration,
+    holder: impl Fn() -> Option<u32>,
+) -> Result<(), HypervisorError> {
     let deadline = tokio::time::Instant::now() + limit;
     loop {
-        match take_lock(dir)? {
+        match take(lock)? {
             Lock::Absent | Lock::Taken(_) => return Ok(()),
             Lock::Held => {}
         }
-        match holder(dir) {
-            Some(pid) => kill_holder(pid, dir).await?,
+        match holder() {
+            Some(pid) => kill_holder(pid, &holder).await?,
             None if tokio::time::Instant::now() < deadline => tokio::time::sleep(Duration::from_millis(20)).await,
             None => {
                 return Err(HypervisorError::Unresponsive {
-                    why: format!("some process holds {} and can't be found", dir.file(LOCK).display()),
+                    why: format!("some process holds {} and can't be found", lock.display()),
                 });
             }
         }
@@ -141,10 +154,10 @@ pub(crate) fn last_words(log: &Path, most: usize) -> Option<String> {
 }
 
 /// Kills the process that holds a machine's lock, and waits until it is gone.
-async fn kill_holder(pid: u32, dir: &MachineDir) -> Result<(), HypervisorError> {
+async fn kill_holder(pid: u32, holder: &impl Fn() -> Option<u32>) -> Result<(), HypervisorError> {
     let handle = Handle::open(pid)?;
     // Looked at again through a handle that can't come to mean another process.
-    if holder(dir) == Some(pid) {
+    if holder() == Some(pid) {
         handle.kill()?;
         if tokio::time::timeout(GONE, handle.gone()).await.is_err() {
             let why = format!("process {pid} was killed and is still there: it may wait for a disk");

@@ -21,6 +21,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use command_fds::CommandFdExt;
 use jiff::Timestamp;
 
 use crate::console::Watch;
@@ -29,13 +30,14 @@ use crate::hypervisor::{Hypervisor, HypervisorError, Process};
 use crate::lifecycle::Exit;
 use crate::lock::{self, Lock, holder, last_words, remove, take_lock};
 use crate::session;
-use crate::spec::{Accel, Arch, Boot, Firmware, GuestOs, Network, Snapshot, Spec};
+use crate::spec::{Accel, Arch, Boot, Devices, Firmware, GuestOs, Network, Snapshot, Spec};
 
 mod args;
 mod process;
 mod qmp;
 mod shares;
 mod snapshot;
+mod tpm;
 
 pub use args::args;
 use process::QemuProcess;
@@ -46,6 +48,8 @@ const LOG: &str = "process.log";
 const VARIABLES: &str = "efivars.fd";
 const MEND: &str = "install it, or name another with --qemu";
 
+/// The disks that an AHCI controller has ports for, but one for the seed.
+const SATA_DISKS: usize = 5;
 /// How long a process may take until it answers. A busy host is slow; a broken one is for ever.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long a process that is found may take until it answers. It may have been started an instant before the last agent
@@ -112,6 +116,21 @@ fn firmware(arch: Arch, kind: Firmware) -> Option<(&'static str, &'static str)> 
     places.iter().copied().find(|(code, vars)| Path::new(code).exists() && Path::new(vars).exists())
 }
 
+/// The code of a machine's firmware, if it has one, and variables of its own beside it.
+fn flash(spec: &Spec, dir: &MachineDir) -> Result<Option<&'static Path>, HypervisorError> {
+    let Boot::Firmware(kind @ (Firmware::Uefi | Firmware::Secure)) = spec.boot else { return Ok(None) };
+    let (code, variables) = firmware(spec.arch, kind).ok_or_else(|| {
+        HypervisorError::Unsupported(
+            "no UEFI firmware for this guest is installed: install the package ovmf (or edk2-ovmf, qemu-efi-aarch64)"
+                .to_owned(),
+        )
+    })?;
+    let ours = dir.file(VARIABLES);
+    std::fs::copy(variables, &ours)
+        .map_err(HypervisorError::io(format!("can't copy {variables} to {}", ours.display())))?;
+    Ok(Some(Path::new(code)))
+}
+
 #[async_trait]
 impl Hypervisor for Qemu {
     fn name(&self) -> &'static str {
@@ -123,22 +142,7 @@ impl Hypervisor for Qemu {
         let lock = lock::take_to_start(dir)?;
         remove(&dir.file(SOCKET))?;
         remove(&dir.file("console.sock"))?;
-        let code = match spec.boot {
-            Boot::Firmware(kind @ (Firmware::Uefi | Firmware::Secure)) => {
-                let (code, variables) = firmware(spec.arch, kind).ok_or_else(|| {
-                    HypervisorError::Unsupported(
-                        "no UEFI firmware for this guest is installed: install the package ovmf (or edk2-ovmf, \
-                         qemu-efi-aarch64)"
-                            .to_owned(),
-                    )
-                })?;
-                let ours = dir.file(VARIABLES);
-                std::fs::copy(variables, &ours)
-                    .map_err(HypervisorError::io(format!("can't copy {variables} to {}", ours.display())))?;
-                Some(Path::new(code))
-            }
-            _ => None,
-        };
+        let code = flash(spec, dir)?;
         let log_path = dir.file(LOG);
         let log = OpenOptions::new()
             .append(true)
@@ -158,14 +162,21 @@ impl Hypervisor for Qemu {
             .stdout(Stdio::from(log_too))
             .stderr(Stdio::from(log));
         session::of_its_own(&mut command);
-        let shares = shares.connect(&mut command)?;
+        let (shares, mut mappings) = shares.connect();
+        tpm::clear(dir, FIND_LIMIT).await?;
+        let (tpm, more) = tpm::Tpm::open(spec, dir)?.unzip();
+        mappings.extend(more);
+        if !mappings.is_empty() {
+            command.fd_mappings(mappings).map_err(|error| HypervisorError::Unsupported(error.to_string()))?;
+        }
         let child = tokio::process::Command::from(command).spawn().map_err(|source| HypervisorError::Program {
             program: program.display().to_string(),
             mend: MEND,
             source,
         })?;
-        // Until its directories are served it doesn't answer; without them it ends.
+        // Until its directories and its TPM are served it doesn't answer; without them it ends.
         shares.serve()?;
+        tpm.map_or(Ok(()), tpm::Tpm::serve)?;
         let mut child = Some(child);
         let answer = tokio::time::timeout(START_LIMIT, async {
             loop {
@@ -178,7 +189,7 @@ impl Hypervisor for Qemu {
                 tokio::select! {
                     status = child.wait() => {
                         let status = status.map_or_else(|error| error.to_string(), |status| status.to_string());
-                        let words = [last_words(&dir.file(shares::LOG), 1), last_words(&dir.file(LOG), 3)];
+                        let words = [shares::LOG, tpm::LOG, LOG].map(|log| last_words(&dir.file(log), if log == LOG { 3 } else { 1 }));
                         let words: Vec<_> = words.into_iter().flatten().collect();
                         let output = if words.is_empty() { status } else { words.join("; ") };
                         return Err(HypervisorError::DiedAtStart { hypervisor: "qemu", output });
@@ -250,6 +261,10 @@ impl Hypervisor for Qemu {
         }
     }
 
+    fn no_tpm(&self) -> Option<String> {
+        tpm::missing()
+    }
+
     fn no_shares(&self) -> Option<String> {
         shares::program(self.virtiofsd.as_deref()).err()
     }
@@ -268,7 +283,8 @@ impl Hypervisor for Qemu {
     }
 
     async fn destroy(&self, dir: &MachineDir) -> Result<(), HypervisorError> {
-        lock::clear(dir, FIND_LIMIT).await
+        lock::clear(dir, FIND_LIMIT).await?;
+        tpm::clear(dir, FIND_LIMIT).await
     }
 }
 
@@ -276,6 +292,17 @@ impl Hypervisor for Qemu {
 fn refuse(spec: &Spec) -> Result<(), HypervisorError> {
     if spec.os == GuestOs::Macos || spec.networks.iter().any(|network| matches!(network, Network::Vmnet { .. })) {
         let why = "macOS guests and Apple's networks need Apple's Virtualization framework: run this machine on a Mac";
+        return Err(HypervisorError::Unsupported(why.to_owned()));
+    }
+    if spec.devices == Devices::Emulated && spec.disks.len() > SATA_DISKS {
+        let why = format!(
+            "{} disks on emulated devices: the controller has ports for {SATA_DISKS} and the seed",
+            spec.disks.len()
+        );
+        return Err(HypervisorError::Unsupported(why));
+    }
+    if spec.snapshot.is_some() && spec.tpm {
+        let why = "a machine with a TPM has no memory snapshot: what the TPM knows isn't in it";
         return Err(HypervisorError::Unsupported(why.to_owned()));
     }
     if spec.snapshot.is_some() && !spec.shares.is_empty() {

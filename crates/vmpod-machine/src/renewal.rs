@@ -138,11 +138,12 @@ mod tests {
 
     use super::*;
     use crate::spec::tests::spec;
-    use crate::{MacAddr, Network, Seed};
+    use crate::{MacAddr, Network, Seed, SeedForm};
 
     fn with_seed(hostname: &str, key: &str, data: Option<&str>) -> Spec {
         let mut spec = spec("web-0");
         spec.seed = Some(Seed {
+            form: SeedForm::Nocloud,
             instance_id: "web-0".to_owned(),
             hostname: hostname.to_owned(),
             authorized_keys: vec![key.to_owned()],

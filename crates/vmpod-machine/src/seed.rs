@@ -1,4 +1,4 @@
-//! First-boot data in the `NoCloud` form: an ISO 9660 image labelled `cidata`.
+//! First-boot data: an ISO 9660 image labelled `cidata` in the `NoCloud` form, `config-2` in that of a config drive.
 //!
 //! The files and their meaning are cloud-init's (<https://docs.cloudinit.io/en/latest/reference/datasources/nocloud.html>).
 //! Structured files are written as JSON, which is YAML, so that no value needs YAML's quoting rules.
@@ -15,7 +15,7 @@ use hadris_iso::write::{File, InputFiles, IsoImageWriter};
 use serde_json::{Value, json};
 
 use crate::directory::{MachineDir, write_whole};
-use crate::spec::{Seed, Spec};
+use crate::spec::{Seed, SeedForm, Spec};
 
 /// The seed's file in a machine's directory.
 pub(crate) const FILE: &str = "seed.iso";
@@ -33,7 +33,40 @@ pub enum SeedError {
 
 /// Writes `seed.iso` into the machine's directory, for its owner only: user data may hold secrets.
 pub(crate) fn write(dir: &MachineDir, spec: &Spec, seed: &Seed) -> Result<(), SeedError> {
-    Ok(write_whole(&dir.file(FILE), &image(&files(spec, seed))?)?)
+    let (label, files) = match seed.form {
+        SeedForm::Nocloud => ("cidata", files(spec, seed)),
+        SeedForm::ConfigDrive => ("config-2", config_drive(spec, seed)),
+    };
+    Ok(write_whole(&dir.file(FILE), &image(label, &files)?)?)
+}
+
+/// The files of a config drive, as `OpenStack`'s compute service writes them and cloudbase-init reads them
+/// (<https://docs.openstack.org/nova/latest/admin/config-drive.html>). User data that is XML is for Windows' own set-up, which looks for
+/// answers under these names in the roots of discs
+/// (<https://learn.microsoft.com/windows-hardware/manufacture/desktop/windows-setup-automation-overview>).
+fn config_drive(spec: &Spec, seed: &Seed) -> BTreeMap<&'static str, String> {
+    let keys: serde_json::Map<String, Value> = seed
+        .authorized_keys
+        .iter()
+        .enumerate()
+        .map(|(index, key)| (format!("vmpod-{index}"), key.as_str().into()))
+        .collect();
+    let meta = json!({
+        "uuid": spec.id.uuid().to_string(),
+        "hostname": seed.hostname,
+        "name": seed.hostname,
+        "public_keys": keys,
+    });
+    let mut files = BTreeMap::from([("openstack/latest/meta_data.json", lines(&meta))]);
+    match &seed.user_data {
+        Some(answers) if answers.trim_start_matches('\u{feff}').trim_start().starts_with('<') => {
+            files.insert("autounattend.xml", answers.clone());
+            files.insert("unattend.xml", answers.clone());
+        }
+        Some(data) => drop(files.insert("openstack/latest/user_data", data.clone())),
+        None => {}
+    }
+    files
 }
 
 /// The files of a seed.
@@ -79,17 +112,33 @@ fn lines(value: &Value) -> String {
     format!("{value:#}\n")
 }
 
+/// Files and directories, from paths.
+fn tree<'a>(files: impl Iterator<Item = (&'a str, &'a String)>) -> Vec<File> {
+    let mut directories: BTreeMap<&str, Vec<(&str, &String)>> = BTreeMap::new();
+    let mut all = Vec::new();
+    for (path, text) in files {
+        match path.split_once('/') {
+            Some((directory, rest)) => directories.entry(directory).or_default().push((rest, text)),
+            None => all.push(File::File { name: Arc::new(path.to_owned()), contents: text.clone().into_bytes() }),
+        }
+    }
+    all.extend(
+        directories.into_iter().map(|(name, inside)| File::Directory {
+            name: Arc::new(name.to_owned()),
+            children: tree(inside.into_iter()),
+        }),
+    );
+    all
+}
+
 /// Lays files out as an ISO 9660 image with Rock Ridge and Joliet names.
-fn image(files: &BTreeMap<&'static str, String>) -> Result<Vec<u8>, SeedError> {
+fn image(label: &str, files: &BTreeMap<&'static str, String>) -> Result<Vec<u8>, SeedError> {
     let input = InputFiles {
         path_separator: PathSeparator::ForwardSlash,
-        files: files
-            .iter()
-            .map(|(name, text)| File::File { name: Arc::new((*name).to_owned()), contents: text.clone().into_bytes() })
-            .collect(),
+        files: tree(files.iter().map(|(path, text)| (*path, text))),
     };
     let options = IsoFormatOptions {
-        volume_name: "cidata".to_owned(),
+        volume_name: label.to_owned(),
         system_id: None,
         volume_set_id: None,
         publisher_id: None,

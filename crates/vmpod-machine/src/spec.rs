@@ -160,9 +160,34 @@ pub enum DiskFormat {
     Qcow2,
 }
 
-/// What a guest that reads a `NoCloud` seed learns at boot.
+/// The kind of the devices that a guest sees.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Devices {
+    /// Virtio: fast, and the guest needs drivers for it.
+    #[default]
+    Virtio,
+    /// Those of common hardware (AHCI, Intel's e1000e), for guests without such drivers, such as Windows as it comes.
+    Emulated,
+}
+
+/// The form of a seed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SeedForm {
+    /// cloud-init's `NoCloud`.
+    #[default]
+    Nocloud,
+    /// `OpenStack`'s config drive, which cloudbase-init reads; user data that is XML becomes an answer file of Windows' set-up.
+    ConfigDrive,
+}
+
+/// What a guest that reads a seed learns at boot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seed {
+    /// How it is written.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub form: SeedForm,
     /// Changes when the guest is to behave as a new instance; the machine's id by custom.
     pub instance_id: String,
     /// The guest's host name.
@@ -408,9 +433,20 @@ pub struct Spec {
     /// What makes it a Mac, when its guest is macOS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<Mac>,
+    /// The kind of its devices.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub devices: Devices,
+    /// Whether it has a TPM 2.0. Such a machine neither makes nor comes from a memory snapshot.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub tpm: bool,
     /// Directories of this host that the guest can mount. Such a machine neither makes nor comes from a memory snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<Share>,
+}
+
+/// What is usual isn't written: specs from before it could be chosen stay as they are.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// A directory of this host in the guest, by virtiofs: `mount -t virtiofs TAG PLACE`.
@@ -523,6 +559,8 @@ pub(crate) mod tests {
             accel: Accel::Tcg,
             snapshot: None,
             mac: None,
+            devices: Devices::Virtio,
+            tpm: false,
             shares: Vec::new(),
         }
     }

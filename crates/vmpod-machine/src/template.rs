@@ -28,7 +28,7 @@ use crate::directory;
 use crate::id::MachineId;
 use crate::machines::{MachineError, Machines};
 use crate::seed;
-use crate::spec::{Accel, Arch, Cpus, DiskFormat, Memory, Seed, Snapshot, Spec};
+use crate::spec::{Accel, Arch, Cpus, DiskFormat, Memory, Seed, SeedForm, Snapshot, Spec};
 
 /// The memory's file, in a template and in the machine that makes one.
 pub(crate) const MEMORY: &str = "ram";
@@ -462,6 +462,7 @@ pub fn surplus(all: &[Template], budget: u64, in_use: impl Fn(&Template) -> bool
 /// What a template's own guest is told at its boot: it is nobody yet.
 fn neutral_seed() -> Seed {
     Seed {
+        form: SeedForm::Nocloud,
         instance_id: "template".to_owned(),
         hostname: "template".to_owned(),
         authorized_keys: Vec::new(),

@@ -19,7 +19,7 @@ use tokio::sync::{OnceCell, mpsc};
 use vmpod_api::{annotations, labels};
 use vmpod_image::{Digest, Store};
 use vmpod_machine::{
-    Accel, Disk, DiskFormat, GuestState, MachineId, Machines, Snapshot, Spec, State, Template, TemplateError,
+    Accel, Disk, DiskFormat, GuestState, MachineId, Machines, SeedForm, Snapshot, Spec, State, Template, TemplateError,
     TemplateId, TemplateKey, Templates, template::surplus,
 };
 
@@ -497,7 +497,10 @@ fn unfit(spec: &Spec) -> Option<&'static str> {
     if !spec.shares.is_empty() {
         return Some("the machine shares a volume with the containers beside it, which needs memory of its own");
     }
-    if spec.seed.is_none() {
+    if spec.tpm {
+        return Some("the machine has a TPM, and what that knows isn't in memory");
+    }
+    if spec.seed.as_ref().is_none_or(|seed| seed.form != SeedForm::Nocloud) {
         return Some("the image reads no first-boot seed, so its guest can't take a new identity");
     }
     None

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use k8s_openapi::api::core::v1::{Container, Pod};
 use vmpod_api::annotations;
 use vmpod_image::{
-    Architecture, ClonedBoot, ClonedImage, Config, DiskFormat as ImageDiskFormat, Firmware as ImageFirmware, Os,
-    SeedKind,
+    Architecture, ClonedBoot, ClonedImage, Config, DeviceKind, DiskFormat as ImageDiskFormat,
+    Firmware as ImageFirmware, Os, SeedKind,
 };
 use vmpod_machine::{
-    Accel, Access, Arch, Auth, Boot, Cpus, Disk, DiskFormat, Firmware, Forward, GuestOs, Mac, MacAddr, MachineId,
-    Memory, Network, Protocol, Secret, Seed, Share, Spec,
+    Accel, Access, Arch, Auth, Boot, Cpus, Devices, Disk, DiskFormat, Firmware, Forward, GuestOs, Mac, MacAddr,
+    MachineId, Memory, Network, Protocol, Secret, Seed, SeedForm, Share, Spec,
 };
 
 use crate::{
@@ -125,10 +125,18 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         }
     };
     let mac = if os == GuestOs::Macos { Some(mac(&parts)?) } else { None };
-    let seeded = guest.seed == SeedKind::Nocloud;
+    let form = match guest.seed {
+        SeedKind::Nocloud => Some(SeedForm::Nocloud),
+        SeedKind::Configdrive => Some(SeedForm::ConfigDrive),
+        SeedKind::None => None,
+    };
     let (user, auth) = match (parts.login, &guest.password) {
         (Some((user, auth)), _) => (user.unwrap_or_else(|| guest.user.clone()), auth),
-        (None, _) if seeded => (guest.user.clone(), Auth::Key(parts.key)),
+        // cloudbase-init puts keys where an administrator's aren't looked for: a password that is known comes first.
+        (None, Some(password)) if form != Some(SeedForm::Nocloud) => {
+            (guest.user.clone(), Auth::Password(Secret::new(password.clone())))
+        }
+        (None, _) if form.is_some() => (guest.user.clone(), Auth::Key(parts.key)),
         (None, Some(password)) => (guest.user.clone(), Auth::Password(Secret::new(password.clone()))),
         (None, None) => match parts.usual_login {
             Some((user, auth)) => (user.unwrap_or_else(|| guest.user.clone()), auth),
@@ -153,12 +161,13 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         (_, interface) => interface.into_iter().collect(),
     };
     Ok(Spec {
-        seed: seeded.then(|| Seed {
+        seed: form.map(|form| Seed {
+            form,
             instance_id: parts.id.to_string(),
             hostname: pod::hostname(parts.pod),
             authorized_keys: parts.authorized_keys,
             user_data: parts.user_data,
-            vendor_data: Some(vendor_data(&guest.user)),
+            vendor_data: (form == SeedForm::Nocloud).then(|| vendor_data(&guest.user)),
             network_config: None,
         }),
         id: parts.id,
@@ -194,6 +203,11 @@ pub(crate) fn machine(parts: Parts<'_>) -> Result<Spec, TranslateError> {
         accel: if parts.host == Some(arch) { parts.accel } else { Accel::Tcg },
         snapshot: None,
         mac,
+        devices: match config.hardware.devices {
+            DeviceKind::Virtio => Devices::Virtio,
+            DeviceKind::Emulated => Devices::Emulated,
+        },
+        tpm: config.hardware.tpm,
         shares: parts.shares,
     })
 }
@@ -246,7 +260,7 @@ fn vendor_data(user: &str) -> String {
 #[expect(clippy::needless_pass_by_value, reason = "JSON is written in place")]
 mod tests {
     use serde_json::{Value, json};
-    use vmpod_image::{Boot as ImageBoot, ClonedDisk, GuestConfig};
+    use vmpod_image::{Boot as ImageBoot, ClonedDisk, GuestConfig, Hardware};
 
     use super::*;
 
@@ -261,6 +275,7 @@ mod tests {
             min_cpus: Some(2),
             min_memory: Some(256 << 20),
             macos: None,
+            hardware: Hardware::default(),
             guest,
             labels: std::collections::BTreeMap::new(),
         }

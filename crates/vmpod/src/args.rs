@@ -29,7 +29,7 @@ pub(crate) use keda::Keda;
 pub(crate) use network::Network;
 pub(crate) use node::{DockerHost, Node, NodeObject};
 pub(crate) use service::{Manager, Part, Service, ServiceCommand, ServiceInstall, ServiceUninstall};
-pub(crate) use values::{Firmware, KeyValue, Seed, Size, Source, parse_size};
+pub(crate) use values::{Devices, Firmware, KeyValue, Seed, Size, Source, parse_size};
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().bold())
@@ -534,6 +534,12 @@ pub(crate) struct ImportFacts {
     /// The least memory that it works with, such as 512Mi
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) min_memory: Option<Size>,
+    /// The kind of its disks' and network's devices [default: virtio]
+    #[arg(long, value_name = "KIND", value_enum)]
+    pub(crate) devices: Option<Devices>,
+    /// It needs a TPM 2.0, as Windows 11 does
+    #[arg(long)]
+    pub(crate) tpm: bool,
     /// A label, KEY=VALUE (repeatable)
     #[arg(long, value_name = "KEY=VALUE", value_parser = values::key_value)]
     pub(crate) label: Vec<KeyValue>,

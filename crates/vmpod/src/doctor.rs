@@ -72,7 +72,7 @@ pub(crate) async fn run(home: &Home, args: &args::Doctor) -> Result<Exit> {
             } else {
                 None
             };
-            std::iter::once(check).chain(kvm).chain([check_shares(&qemu)]).collect()
+            std::iter::once(check).chain(kvm).chain([check_shares(&qemu), check_tpm(&qemu)]).collect()
         }
         Hypervisor::Vz(vz) => vz::check(&vz),
     };
@@ -282,6 +282,19 @@ fn check_files(limit: Option<u64>) -> Check {
         ),
         Some(limit) => Check::ok("open files", format!("at most {limit}")),
         None => Check::ok("open files", "no limit"),
+    }
+}
+
+/// Only guests whose image asks for a TPM need it.
+fn check_tpm(qemu: &Qemu) -> Check {
+    use vmpod_machine::Hypervisor as _;
+    match qemu.no_tpm() {
+        None => Check::ok("swtpm", "there: machines can have a TPM, as Windows 11 wants it"),
+        Some(_) => Check::warning(
+            "swtpm",
+            "not found: machines whose image asks for a TPM don't start",
+            "`apt-get install swtpm`",
+        ),
     }
 }
 

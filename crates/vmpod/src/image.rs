@@ -7,8 +7,9 @@ use anyhow::{Context as _, Result};
 use serde::Serialize;
 use tokio::sync::watch;
 use vmpod_image::{
-    Boot, Config, Credentials, ExportFormat, GuestConfig, Image, ImportOptions, Progress as Transfer, PublicKey,
-    PullOptions, PushFormat, PushOptions, Reference, SeedKind, SignaturePolicy, Source, Store, media,
+    Boot, Config, Credentials, DeviceKind, ExportFormat, GuestConfig, Hardware, Image, ImportOptions,
+    Progress as Transfer, PublicKey, PullOptions, PushFormat, PushOptions, Reference, SeedKind, SignaturePolicy,
+    Source, Store, media,
 };
 
 use crate::args::{self, Format, ImageCommand};
@@ -156,6 +157,13 @@ async fn import(store: &Store, args: args::Import) -> Result<()> {
         cmdline: args.boot.cmdline.unwrap_or_default(),
         min_cpus: args.facts.min_cpus,
         min_memory: args.facts.min_memory.map(|size| size.bytes),
+        hardware: Hardware {
+            devices: match args.facts.devices {
+                Some(args::Devices::Emulated) => DeviceKind::Emulated,
+                Some(args::Devices::Virtio) | None => DeviceKind::Virtio,
+            },
+            tpm: args.facts.tpm,
+        },
         guest: GuestConfig {
             user: args.guest.user.unwrap_or(usual.user),
             ssh_port: args.guest.ssh_port.unwrap_or(usual.ssh_port),
@@ -163,6 +171,7 @@ async fn import(store: &Store, args: args::Import) -> Result<()> {
             seed: match args.guest.seed {
                 None => usual.seed,
                 Some(args::Seed::Nocloud) => SeedKind::Nocloud,
+                Some(args::Seed::Configdrive) => SeedKind::Configdrive,
                 Some(args::Seed::None) => SeedKind::None,
             },
             ready_marker: args.guest.ready_marker,

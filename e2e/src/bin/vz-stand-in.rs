@@ -24,7 +24,7 @@ use tokio::process::Command;
 use tokio::sync::watch;
 use vmpod_machine::vz::config::Configuration;
 use vmpod_machine::vz::helper::{self, Ended, Engine, EngineError};
-use vmpod_machine::{Accel, Auth, Boot, GuestOs, MachineId, Machines, Network, Seed, Spec, qemu};
+use vmpod_machine::{Accel, Auth, Boot, GuestOs, MachineId, Machines, Network, Seed, SeedForm, Spec, qemu};
 
 #[derive(Parser)]
 enum Args {
@@ -151,6 +151,7 @@ impl StandIn {
             cmdline: std::fs::read_to_string(files.join("tiny.cmdline"))?.trim().to_owned(),
         };
         guest.seed = Some(Seed {
+            form: SeedForm::Nocloud,
             instance_id: spec.id.to_string(),
             hostname: "macs-vm".to_owned(),
             authorized_keys: vec![std::fs::read_to_string(self.vmnet().join("authorized_keys"))?.trim().to_owned()],

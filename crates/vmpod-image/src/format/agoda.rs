@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::{
     Documents, Encoding, FormatError, LARGEST_DISK, Layer, Plan, Target, annotation, blob, document, only, tart,
 };
-use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, MacIdentity, Os};
+use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, Hardware, MacIdentity, Os};
 use crate::digest::Digest;
 use crate::manifest::{Descriptor, Manifest};
 use crate::store::record::Part;
@@ -47,6 +47,7 @@ pub(super) fn plan(manifest: &Manifest, documents: &Documents) -> Result<Plan, F
             disks: vec![DiskConfig { size: disk_size }],
             min_cpus: None,
             min_memory: None,
+            hardware: Hardware::default(),
             macos: Some(MacIdentity {
                 hardware_model: config.hardware_model_data,
                 machine_identifier: config.machine_id_data,

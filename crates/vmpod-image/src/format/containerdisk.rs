@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use super::{Encoding, FormatError, Layer, Plan, Target, blob};
-use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Os};
+use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Hardware, Os};
 use crate::digest::Digest;
 use crate::manifest::Manifest;
 use crate::media;
@@ -109,6 +109,7 @@ pub(super) fn plan(manifest: &Manifest, config: &[u8]) -> Result<Plan, FormatErr
             min_cpus: None,
             min_memory: None,
             macos: None,
+            hardware: Hardware::default(),
             guest,
             labels,
         },

@@ -6,7 +6,7 @@ use super::{
     Documents, Encoding, FormatError, LARGEST_DISK, Layer, Plan, Target, annotation, blob, document, only, plain_file,
     tart,
 };
-use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, MacIdentity, Os};
+use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, Hardware, MacIdentity, Os};
 use crate::digest::Digest;
 use crate::manifest::{Descriptor, Manifest};
 use crate::media;
@@ -125,6 +125,7 @@ fn finish(config: &LumeConfig, layers: Vec<Layer>, nvram: &Descriptor, size: Opt
             disks: vec![DiskConfig { size: size.unwrap_or(said) }],
             min_cpus: None,
             min_memory: None,
+            hardware: Hardware::default(),
             macos,
             guest: tart::mac_guest("lume", Some("lume")),
             labels: std::collections::BTreeMap::new(),

@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::{
     Documents, Encoding, FormatError, LARGEST_DISK, Layer, Plan, Target, annotation, blob, document, only, plain_file,
 };
-use crate::config::{Boot, Config, DiskConfig, Firmware, GuestConfig, MacIdentity, Os, SeedKind};
+use crate::config::{Boot, Config, DiskConfig, Firmware, GuestConfig, Hardware, MacIdentity, Os, SeedKind};
 use crate::digest::Digest;
 use crate::manifest::Manifest;
 use crate::store::record::Part;
@@ -112,6 +112,7 @@ fn config(config: &TartConfig, disk_size: Option<u64>) -> Result<Config, FormatE
         disks: vec![DiskConfig { size: disk_size.unwrap_or(0) }],
         min_cpus: config.cpu_count_min,
         min_memory: config.memory_size_min,
+        hardware: Hardware::default(),
         macos,
         guest: mac_guest("admin", Some("admin")),
         labels: std::collections::BTreeMap::new(),

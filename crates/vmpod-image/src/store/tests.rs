@@ -2,7 +2,7 @@ use std::fs::File;
 
 use super::record::Part;
 use super::*;
-use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Os};
+use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Hardware, Os};
 use crate::image::DiskFormat;
 use work::Work;
 
@@ -28,6 +28,7 @@ fn put(store: &Store, manifest: &str, size: u64, reference: &str) -> Image {
         min_cpus: None,
         min_memory: None,
         macos: None,
+        hardware: Hardware::default(),
         guest: GuestConfig::default(),
         labels: std::collections::BTreeMap::new(),
     };

@@ -129,7 +129,7 @@ fn is_there(file: &File, offset: u64, raw: Raw) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Os};
+    use crate::config::{Architecture, Boot, Config, DiskConfig, Firmware, GuestConfig, Hardware, Os};
     use crate::format::{Blob, Encoding, Layer};
     use crate::store::record::Part;
 
@@ -149,6 +149,7 @@ mod tests {
             min_cpus: None,
             min_memory: None,
             macos: None,
+            hardware: Hardware::default(),
             guest: GuestConfig::default(),
             labels: std::collections::BTreeMap::new(),
         };

@@ -24,13 +24,7 @@ pub(super) struct Prepared {
 /// The environment doesn't go on the line, where every user of the guest could read it in the process list: it is the
 /// first line of the input, and the shell reads it from there. POSIX shells read no byte more than the line.
 pub(super) fn prepare(exec: &Exec) -> Result<Prepared, GuestError> {
-    if exec.command.is_empty() {
-        return Err(GuestError::Invalid("there is no command to run".to_owned()));
-    }
-    let texts = exec.command.iter().chain(exec.workdir.iter()).chain(exec.env.iter().flat_map(|(k, v)| [k, v]));
-    if texts.into_iter().any(|text| text.contains('\0')) {
-        return Err(GuestError::Invalid("a command, its directory and its environment can't hold NUL".to_owned()));
-    }
+    check(exec)?;
     if exec.env.is_empty() && exec.workdir.is_none() {
         return Ok(Prepared { line: format!("exec {}", shell::join(&exec.command)), input: Vec::new() });
     }
@@ -42,6 +36,18 @@ pub(super) fn prepare(exec: &Exec) -> Result<Prepared, GuestError> {
     }
     script.push_str(&rest(exec));
     Ok(Prepared { line: in_sh(&script), input: input.into_bytes() })
+}
+
+/// Refuses what no guest can run.
+pub(super) fn check(exec: &Exec) -> Result<(), GuestError> {
+    if exec.command.is_empty() {
+        return Err(GuestError::Invalid("there is no command to run".to_owned()));
+    }
+    let texts = exec.command.iter().chain(exec.workdir.iter()).chain(exec.env.iter().flat_map(|(k, v)| [k, v]));
+    if texts.into_iter().any(|text| text.contains('\0')) {
+        return Err(GuestError::Invalid("a command, its directory and its environment can't hold NUL".to_owned()));
+    }
+    Ok(())
 }
 
 /// The same, with the environment in a file of the guest.

@@ -15,7 +15,7 @@ use super::connect::{Session, Target};
 use super::main_process::{MainCommand, Offset, OutputChunk, Started};
 use super::{
     Duplex, Exec, ExecCarrier, ExecSession, ExitStatus, GuestError, GuestState, Link, Signal, Waiting, shell,
-    supervisor,
+    supervisor, windows,
 };
 use crate::console;
 use crate::directory::MachineDir;
@@ -212,6 +212,11 @@ impl Link for SshLink {
     }
 
     async fn exec(&self, exec: Exec) -> Result<ExecSession, GuestError> {
+        if !self.has_shell() {
+            carry::check(&exec)?;
+            let prepared = Prepared { line: windows::line(&exec)?, input: Vec::new() };
+            return self.run(prepared, &exec).await;
+        }
         let mut prepared = carry::prepare(&exec)?;
         if exec.tty.is_some() && !prepared.input.is_empty() {
             // A terminal would echo the environment and cut its lines, so it goes through a file that only the login
@@ -263,6 +268,13 @@ impl Link for SshLink {
     }
 
     async fn main_start(&self, name: &str, command: &MainCommand) -> Result<Started, GuestError> {
+        if !self.has_shell() {
+            return Err(GuestError::Invalid(
+                "in a Windows guest the container's command doesn't run yet: leave it out, and start the work from user data, \
+                 by exec or by a pool's provision"
+                    .to_owned(),
+            ));
+        }
         let run = supervisor::run_file(command)?;
         supervisor::check_name(name)?;
         let line = format!("exec sh -c {} vmpod {}", shell::quote(&supervisor::start_script()), shell::quote(name));

@@ -6,9 +6,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{SOCKET, VARIABLES, shares};
-use crate::spec::{Accel, Arch, Boot, DiskFormat, Firmware, Forward, Network, Protocol, Snapshot, Spec};
-use crate::{renewal, seed, template};
+use super::{SOCKET, VARIABLES, shares, tpm};
+use crate::spec::{
+    Accel, Arch, Boot, Devices, DiskFormat, Firmware, Forward, GuestOs, Network, Protocol, SeedForm, Snapshot, Spec,
+};
+use crate::{renewal, template};
 
 /// The arguments of the QEMU process for `spec`.
 ///
@@ -30,7 +32,7 @@ pub fn args(spec: &Spec, firmware: Option<&Path>, vhost: bool) -> Vec<OsString> 
         Accel::Tcg => line.add("-accel", "tcg,thread=multi"),
         accel => line.add("-accel", accel.to_string()),
     }
-    line.add("-cpu", if spec.accel == Accel::Tcg { "max" } else { "host" });
+    line.add("-cpu", processor(spec));
     let cpus = spec.cpus.get();
     line.add("-smp", format!("{cpus},sockets=1,cores={cpus},threads=1"));
     memory(&mut line, spec);
@@ -44,7 +46,20 @@ pub fn args(spec: &Spec, firmware: Option<&Path>, vhost: bool) -> Vec<OsString> 
     line.add("-trace", "qemu_system_shutdown_request");
 
     boot(&mut line, spec, firmware);
-    line.add("-device", "virtio-rng-pci");
+    if spec.os == GuestOs::Windows {
+        // Windows keeps its clock in local time, and sets itself up on a display.
+        line.add("-rtc", "base=localtime,driftfix=slew");
+        line.add("-device", "VGA");
+    }
+    if spec.tpm {
+        line.add("-chardev", format!("socket,id=tpm,fd={}", tpm::DESCRIPTOR));
+        line.add("-tpmdev", "emulator,id=tpm0,chardev=tpm");
+        let device = if spec.arch == Arch::Amd64 { "tpm-crb" } else { "tpm-tis-device" };
+        line.add("-device", format!("{device},tpmdev=tpm0"));
+    }
+    if spec.devices == Devices::Virtio {
+        line.add("-device", "virtio-rng-pci");
+    }
     if spec.snapshot.is_some() {
         line.add("-device", "virtio-serial-pci,id=ports");
         line.add("-chardev", format!("socket,id=renew,path={},server=on,wait=off", renewal::SOCKET));
@@ -77,7 +92,11 @@ pub fn args(spec: &Spec, firmware: Option<&Path>, vhost: bool) -> Vec<OsString> 
             }
         }
         // Without its ROM: nobody boots from this network, and loading it takes time.
-        line.add("-device", format!("virtio-net-pci,netdev=net{index},mac={},romfile=", network.mac()));
+        let card = match spec.devices {
+            Devices::Virtio => "virtio-net-pci",
+            Devices::Emulated => "e1000e",
+        };
+        line.add("-device", format!("{card},netdev=net{index},mac={},romfile=", network.mac()));
     }
     for (index, share) in spec.shares.iter().enumerate() {
         line.add("-chardev", format!("socket,id=share{index},fd={}", shares::descriptor(index)));
@@ -133,11 +152,25 @@ impl Line {
     }
 }
 
+/// The processor that the guest sees. Windows is told that it is a guest, by Hyper-V's names: it spins less, and keeps time without
+/// interrupts (<https://www.qemu.org/docs/master/system/i386/hyperv.html>). Emulated processors have none of that.
+fn processor(spec: &Spec) -> &'static str {
+    match (spec.accel, spec.os, spec.arch) {
+        (Accel::Tcg, ..) => "max",
+        (Accel::Kvm, GuestOs::Windows, Arch::Amd64) => {
+            "host,hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-synic,hv-stimer,hv-time,hv-frequencies,hv-tlbflush,hv-ipi,hv-reset"
+        }
+        _ => "host",
+    }
+}
+
 fn machine(spec: &Spec) -> &'static str {
     match (spec.arch, &spec.boot) {
         (Arch::Arm64, _) => "virt,gic-version=max",
         (Arch::Amd64, Boot::Firmware(Firmware::Secure)) => "q35,smm=on",
+        // Common hardware is on the newer machine.
         (Arch::Amd64, Boot::Firmware(Firmware::Uefi)) => "q35",
+        (Arch::Amd64, _) if spec.devices == Devices::Emulated => "q35",
         // The older machine has fewer devices to look for, and boots a kernel sooner.
         (Arch::Amd64, _) => "pc",
     }
@@ -186,6 +219,13 @@ pub(super) fn disk_node(index: usize) -> String {
 /// A write that fails is reported to the guest. By itself QEMU would stop the whole guest when the host's disk is full, and
 /// nobody would see why.
 fn disks(line: &mut Line, spec: &Spec) {
+    // Windows looks for answers on discs, and finds them without a driver that it may not have yet.
+    let disc = spec.seed.as_ref().is_some_and(|seed| seed.form == SeedForm::ConfigDrive)
+        || (spec.seed.is_some() && spec.devices == Devices::Emulated);
+    if disc || spec.devices == Devices::Emulated {
+        // A controller of our own: its ports have the same names on every kind of machine.
+        line.add("-device", "ich9-ahci,id=sata");
+    }
     for (index, disk) in spec.disks.iter().enumerate() {
         let node = disk_node(index);
         let format = match disk.format {
@@ -205,20 +245,23 @@ fn disks(line: &mut Line, spec: &Spec) {
         // Only for firmware: a kernel that QEMU loads itself takes the first place in the boot order.
         let first = index == 0 && matches!(spec.boot, Boot::Firmware(_));
         let bootindex = if first { ",bootindex=0" } else { "" };
-        line.add(
-            "-device",
-            format!("virtio-blk-pci,id=blk{index},drive={node},werror=report,rerror=report{bootindex}"),
-        );
+        let device = match spec.devices {
+            Devices::Virtio => "virtio-blk-pci".to_owned(),
+            Devices::Emulated => format!("ide-hd,bus=sata.{index}"),
+        };
+        line.add("-device", format!("{device},id=blk{index},drive={node},werror=report,rerror=report{bootindex}"));
     }
     if spec.seed.is_some() {
         // A copy goes on with the disk that the snapshot's guest saw; what is its own it hears otherwise.
-        let file = spec.template().map_or_else(|| seed::FILE.into(), |template| template.join(seed::FILE));
+        let file =
+            spec.template().map_or_else(|| crate::seed::FILE.into(), |template| template.join(crate::seed::FILE));
         let drive = json!({
             "driver": "raw", "node-name": "seed", "read-only": true,
             "file": {"driver": "file", "filename": file, "read-only": true},
         });
         line.add("-blockdev", drive.to_string());
-        line.add("-device", "virtio-blk-pci,id=seed,drive=seed");
+        let device = if disc { "ide-cd,bus=sata.5" } else { "virtio-blk-pci" };
+        line.add("-device", format!("{device},id=seed,drive=seed"));
     }
 }
 
@@ -241,6 +284,7 @@ mod tests {
 
     fn seed() -> Seed {
         Seed {
+            form: SeedForm::Nocloud,
             instance_id: "a".to_owned(),
             hostname: "a".to_owned(),
             authorized_keys: vec!["a secret place".to_owned()],
@@ -354,6 +398,37 @@ mod tests {
             assert!(text.contains(wanted), "{text}");
         }
         assert!(!text.contains("/pods/u"), "QEMU itself doesn't see the directory: {text}");
+    }
+
+    #[test]
+    fn windows_has_what_it_knows() {
+        let mut spec = spec("windows-0");
+        spec.os = GuestOs::Windows;
+        spec.accel = Accel::Kvm;
+        spec.boot = Boot::Firmware(Firmware::Secure);
+        (spec.devices, spec.tpm) = (Devices::Emulated, true);
+        spec.seed = Some(Seed { form: SeedForm::ConfigDrive, ..seed() });
+        spec.disks = vec![Disk { path: "root.qcow2".into(), format: DiskFormat::Qcow2 }];
+        spec.networks = vec![Network::User {
+            address: [127, 64, 0, 9].into(),
+            ssh_port: 2222,
+            forwards: Vec::new(),
+            host_ports: Vec::new(),
+            mac: MacAddr::derive("windows-0"),
+        }];
+        let text = show(&spec, Some(Path::new("/usr/share/OVMF/OVMF_CODE_4M.ms.fd")));
+        assert!(!text.contains("virtio"), "it may have no driver for it: {text}");
+        insta::assert_snapshot!(text);
+        // Where there are drivers the fast devices are better; a seed is found on a disc all the same.
+        spec.devices = Devices::Virtio;
+        let text = show(&spec, None);
+        assert!(
+            text.contains("-device virtio-blk-pci,id=blk0") && text.contains("-device ide-cd,bus=sata.5,id=seed"),
+            "{text}"
+        );
+        // Emulated processors have nothing of Hyper-V.
+        spec.accel = Accel::Tcg;
+        assert!(!show(&spec, None).contains("hv-"));
     }
 
     #[test]

@@ -88,8 +88,8 @@ impl<'a> Shares<'a> {
         Ok(made)
     }
 
-    /// Gives QEMU its ends of them.
-    pub(super) fn connect(self, qemu: &mut Command) -> Result<Servers<'a>, HypervisorError> {
+    /// What is QEMU's of them, and what is left to be served.
+    pub(super) fn connect(self) -> (Servers<'a>, Vec<FdMapping>) {
         let Self { dir, program, all } = self;
         let mut servers = Servers { dir, program, all: Vec::new() };
         let mut mappings = Vec::new();
@@ -98,10 +98,7 @@ impl<'a> Shares<'a> {
             mappings.push(FdMapping { parent_fd: OwnedFd::from(stream), child_fd });
             servers.all.push((share, listener));
         }
-        if !mappings.is_empty() {
-            qemu.fd_mappings(mappings).map_err(|error| HypervisorError::Unsupported(error.to_string()))?;
-        }
-        Ok(servers)
+        (servers, mappings)
     }
 }
 
@@ -208,7 +205,8 @@ open(f'{here}/ended', 'w').close()
             spec.shares = vec![Share { tag: "vmpod".to_owned(), path: root.path().join("shared") }];
             let mut command = Command::new("sleep");
             command.arg("1");
-            let all = Shares::open(&spec, &dir, Some(&program)).unwrap().connect(&mut command).unwrap();
+            let (all, mappings) = Shares::open(&spec, &dir, Some(&program)).unwrap().connect();
+            command.fd_mappings(mappings).unwrap();
             assert!(!dir.file(SOCKET).exists(), "the connection has no name");
             let (serves, ended) = (root.path().join("serves"), root.path().join("ended"));
             if hypervisor {

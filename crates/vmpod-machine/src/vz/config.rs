@@ -180,7 +180,7 @@ pub fn configuration(spec: &Spec, dir: &Path, host: Option<Arch>) -> Result<Conf
 pub(crate) mod tests {
     use super::*;
     use crate::spec::tests::spec;
-    use crate::spec::{Auth, Disk as SpecDisk, Mac, Secret, Seed, Share, Snapshot};
+    use crate::spec::{Auth, Disk as SpecDisk, Mac, Secret, Seed, SeedForm, Share, Snapshot};
     use crate::{Cpus, Memory};
 
     /// A machine of a macOS image.
@@ -232,6 +232,7 @@ pub(crate) mod tests {
         machine.os = GuestOs::Linux;
         machine.mac = None;
         machine.seed = Some(Seed {
+            form: SeedForm::Nocloud,
             instance_id: "a".to_owned(),
             hostname: "a".to_owned(),
             authorized_keys: Vec::new(),

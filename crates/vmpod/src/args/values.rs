@@ -47,8 +47,19 @@ pub(crate) enum Firmware {
 pub(crate) enum Seed {
     /// A seed disk as cloud-init and its like read it.
     Nocloud,
+    /// A config drive as cloudbase-init reads it; user data that is XML are answers for Windows' set-up.
+    Configdrive,
     /// It doesn't.
     None,
+}
+
+/// The kind of a guest's devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Devices {
+    /// Virtio: fast, and the guest needs drivers for it.
+    Virtio,
+    /// Those of common hardware (AHCI, Intel's e1000e), for guests without such drivers.
+    Emulated,
 }
 
 /// A size, or 0 for none.
