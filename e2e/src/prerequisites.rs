@@ -48,6 +48,11 @@ pub fn helm() -> Result<PathBuf> {
     need(target().join("tools/helm"), "helm", "tools")
 }
 
+/// Where the npm packages for tests are.
+pub fn node() -> Result<PathBuf> {
+    need(target().join("tools/node/node_modules"), "the folder of npm packages", "tools")
+}
+
 /// Where the Python packages for tests are.
 pub fn python() -> Result<PathBuf> {
     need(target().join("tools/python/kopf").join("__init__.py"), "the Python package kopf", "tools")?;

@@ -98,16 +98,26 @@ async fn a_recipe_becomes_an_image_that_boots_as_a_new_machine() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_build_that_fails_or_is_killed_leaves_nothing() -> Result<()> {
     let home = Home::new("build-fails")?;
-    home.import(&prerequisites::debian()?, "debian:12").await?;
     let dir = tempfile::tempdir()?;
+    // What fails fails in any guest: one that boots in seconds, with a disk for the image to be made of.
+    prerequisites::tiny()?;
+    let file = |name: &str| prerequisites::repository().join("target/guest").join(name).to_string_lossy().into_owned();
+    let (kernel, initrd) = (file("tiny.vmlinuz"), file("tiny.initrd"));
+    let cmdline = std::fs::read_to_string(file("tiny.cmdline"))?;
+    let disk = dir.path().join("disk.raw");
+    std::fs::File::create(&disk)?.set_len(64 << 20)?;
+    let disk = disk.to_string_lossy().into_owned();
+    let boot =
+        ["--kernel", &kernel, "--initrd", &initrd, "--cmdline", cmdline.trim(), "--ready-marker", "vmpod: ready"];
+    home.vmpod(&[&["image", "import", &disk, "quick:1"], &boot[..]].concat()).await?.ok()?;
     let recipe = dir.path().join("image.yaml");
     let path = recipe.to_str().context("a path in UTF-8")?;
     // A mistake is told before anything boots.
-    write(&recipe, "from: debian:12\nsteps: [{script: missing.sh}]\n")?;
+    write(&recipe, "from: quick:1\nsteps: [{script: missing.sh}]\n")?;
     let refused = home.vmpod(&["image", "build", path, "made"]).await?.expect_failure("step 1 can't be done")?;
     ensure!(refused.took < Duration::from_secs(20), "{refused}");
 
-    write(&recipe, "from: debian:12\nmemory: 512Mi\nsteps: [{run: exit 7}]\n")?;
+    write(&recipe, "from: quick:1\nmemory: 256Mi\nsteps: [{run: exit 7}]\n")?;
     // Killed while it boots: QEMU lives on, and the next vmpod that looks clears it away.
     let mut command = home.command()?;
     let mut child =

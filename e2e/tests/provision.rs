@@ -5,7 +5,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use e2e::gitlab::state::RAN;
 use e2e::gitlab::{Config, Gitlab as Scripted, JobStatus, NewJob};
-use e2e::{Docker, Home, Up, eventually_within};
+use e2e::home::entries;
+use e2e::{Docker, Home, Up, eventually_within, prerequisites};
 use serde_json::{Value, json};
 
 /// A playbook that fetches the agent of the tests from GitLab and starts it, if the machine is the one that it should be.
@@ -166,13 +167,23 @@ async fn what_can_not_be_provisioned_is_refused() -> Result<()> {
         up.kubectl_ok(&["get", "runnerpools,runners"]).await.map(drop)
     })
     .await?;
+    // What the examples show is taken.
+    let examples = prerequisites::repository().join("examples");
+    let pools = entries(&examples)?.into_iter().filter(|name| name.starts_with("runnerpool"));
+    for name in pools {
+        let path = examples.join(&name).to_string_lossy().into_owned();
+        up.kubectl_ok(&["apply", "--dry-run=server", "-f", &path]).await.with_context(|| name.clone())?;
+    }
     let plays = json!({"configMapRef": {"name": "plays"}});
     let with = |change: &dyn Fn(&mut Value)| {
         let mut pool = pool(&scripted, "bad", &plays, "ansible:1");
         change(&mut pool["spec"]["provision"]);
         pool
     };
-    let cases: [(Value, &str); 4] = [
+    let mut on_kubevirt = with(&|_| {});
+    on_kubevirt["spec"]["substrate"] = "kubevirt".into();
+    let cases: [(Value, &str); 5] = [
+        (on_kubevirt, "on substrate kubevirt there is no provision"),
         (with(&|provision| provision["command"] = json!(["sh"])), "name either a playbook or a command"),
         (with(&|provision| provision["playbook"]["git"] = json!({"url": "x"})), "name either configMapRef or git"),
         (with(&|provision| provision["playbook"]["file"] = "../x".into()), "without '..'"),

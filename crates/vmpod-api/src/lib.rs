@@ -3,6 +3,7 @@
 //! Pure data: nothing here does any I/O.
 
 pub mod annotations;
+pub mod kubevirt;
 pub mod labels;
 pub mod pool;
 pub mod provision;

@@ -10,6 +10,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::kubevirt::{KubeVirt, Substrate};
 use crate::provision::Provision;
 
 /// What a pool is to be.
@@ -43,10 +44,19 @@ use crate::provision::Provision;
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("!has(self.provider.http) || has(self.userData) || has(self.provision)").message("a pool with an http provider needs userData or provision: what its guests run is not known otherwise"))]
+#[x_kube(validation = Rule::new("!has(self.kubevirt) || (has(self.substrate) && self.substrate == 'kubevirt')").message("kubevirt says how machines are made on substrate kubevirt: set substrate too"))]
+#[x_kube(validation = Rule::new("!has(self.substrate) || self.substrate != 'kubevirt' || (!has(self.provision) && !has(self.start) && (!has(self.userDataBy) || self.userDataBy != 'command'))").message("on substrate kubevirt there is no provision, no start and no userDataBy command: those are of vmpod's own nodes"))]
+#[x_kube(validation = Rule::new("!self.image.startsWith('pvc://') || (has(self.substrate) && self.substrate == 'kubevirt')").message("an image that is a volume (pvc://) is for substrate kubevirt"))]
 pub struct RunnerPoolSpec {
     /// Where jobs come from.
     pub provider: Provider,
-    /// The image that a runner's machine boots.
+    /// What runs its machines: `pod`, vmpod's own nodes, or `kubevirt`.
+    #[serde(default, skip_serializing_if = "is_pod")]
+    pub substrate: Substrate,
+    /// How machines are made on `KubeVirt`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kubevirt: Option<KubeVirt>,
+    /// The image that a runner's machine boots. On `KubeVirt` it is a containerDisk, or as `pvc://NAMESPACE/NAME` a volume that is cloned.
     pub image: String,
     /// The size of a machine.
     #[serde(default)]
@@ -342,6 +352,11 @@ impl Default for Rollout {
     fn default() -> Self {
         Self { max_surge: 1, max_unavailable: 0, drain_seconds: two_hours(), paused: false }
     }
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives a reference")]
+fn is_pod(substrate: &Substrate) -> bool {
+    *substrate == Substrate::Pod
 }
 
 fn one() -> u32 {

@@ -5,6 +5,7 @@
 pub mod estimate;
 pub mod gitlab;
 pub mod keda;
+pub mod kubevirt;
 mod leader;
 pub mod life;
 mod limit;

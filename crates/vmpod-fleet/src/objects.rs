@@ -18,6 +18,7 @@ use vmpod_api::annotations;
 use vmpod_api::pool::{Placement, RunnerPool, RunnerPoolSpec, UserDataBy};
 use vmpod_api::runner::{Runner, RunnerSpec};
 
+use crate::kubevirt;
 use crate::life;
 use crate::provider::Keep;
 use crate::provision::{self, Progress};
@@ -45,6 +46,10 @@ pub fn template(spec: &RunnerPoolSpec) -> String {
     }
     if let Some(provision) = &spec.provision {
         text.push_str(&serde_json::to_string(provision).unwrap_or_default());
+    }
+    if kubevirt::runs(spec) {
+        text.push_str("kubevirt");
+        text.push_str(&serde_json::to_string(&spec.kubevirt).unwrap_or_default());
     }
     fingerprint(&text)
 }
@@ -82,7 +87,9 @@ pub fn runner(pool: &RunnerPool, placement: &str) -> Runner {
     runner
 }
 
-fn owned(runner: &Runner) -> ObjectMeta {
+/// The metadata of what is a runner's and goes with it.
+#[must_use]
+pub fn owned(runner: &Runner) -> ObjectMeta {
     ObjectMeta {
         name: Some(runner.name_any()),
         namespace: runner.namespace(),

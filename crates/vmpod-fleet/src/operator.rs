@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 use vmpod_api::pool::RunnerPool;
 use vmpod_api::runner::{Phase, Runner, RunnerStatus};
 
+use crate::kubevirt::{self, VirtualMachineInstance};
 use crate::life::{self, Work};
 use crate::metrics::{self, Metrics};
 use crate::plan::{self, Demand, Memory, Observed};
@@ -155,6 +156,10 @@ struct Operator {
     pools: reflector::Store<RunnerPool>,
     runners: reflector::Store<Runner>,
     pods: reflector::Store<Pod>,
+    /// Of `KubeVirt`, once a pool asks for it.
+    instances: Option<reflector::Store<VirtualMachineInstance>>,
+    wake: mpsc::Sender<()>,
+    tasks: JoinSet<()>,
     nodes: reflector::Store<Node>,
     kept: HashMap<String, Kept>,
     /// Since when a node takes no new pods.
@@ -182,6 +187,9 @@ pub async fn run(options: Options, stop: CancellationToken) -> Result<(), Operat
         runners: cache(Api::all(client.clone()), watcher::Config::default(), &wake, &mut tasks),
         pods: cache(Api::all(client.clone()), labelled, &wake, &mut tasks),
         nodes: cache(Api::all(client), watcher::Config::default(), &wake, &mut tasks),
+        instances: None,
+        wake,
+        tasks,
         kept: HashMap::new(),
         cordoned: BTreeMap::new(),
         options,
@@ -300,6 +308,7 @@ where
 impl Operator {
     async fn pass(&mut self) {
         let now = (self.options.clock)();
+        self.watch_instances();
         let parts = self.parts();
         let present: BTreeSet<String> = parts.iter().map(|part| key(part.pool.as_ref())).collect();
         self.kept.retain(|name, _| present.contains(name));
@@ -307,6 +316,11 @@ impl Operator {
         let mut views = Vec::new();
         for part in parts {
             let mut kept = self.kept.remove(&key(part.pool.as_ref())).unwrap_or_default();
+            if !self.sees(&part.pool) {
+                self.blind(&part.pool, now).await;
+                self.kept.insert(key(part.pool.as_ref()), kept);
+                continue;
+            }
             self.ask(&part.pool, &mut kept, now).await;
             let (runners, changes) = self.view(&part, &mut kept, &nodes, now);
             self.write_statuses(changes).await;
@@ -332,8 +346,13 @@ impl Operator {
     /// Everything that there is, by pool: one walk, whatever the number of pools. In the order of names.
     fn parts(&self) -> Vec<Part> {
         let mut pods: HashMap<(String, String), Arc<Pod>> = HashMap::new();
-        for pod in self.pods.state() {
-            if let (Some(runner), Some(namespace)) = (pod.labels().get(objects::RUNNER), pod.namespace()) {
+        let instances = self.instances.as_ref().map(reflector::Store::state).unwrap_or_default();
+        let instances = instances.iter().map(|instance| Arc::new(kubevirt::as_pod(instance)));
+        for pod in self.pods.state().into_iter().chain(instances) {
+            if let (Some(runner), Some(namespace)) = (pod.labels().get(objects::RUNNER), pod.namespace())
+                // The pod in which KubeVirt runs an instance has the instance's labels, and a name of its own.
+                && *runner == pod.name_any()
+            {
                 pods.insert((namespace, runner.clone()), Arc::clone(&pod));
             }
         }
@@ -354,6 +373,24 @@ impl Operator {
             Part { pool, runners: mine.into_iter().map(with_pod).collect() }
         };
         pools.into_iter().map(part).collect()
+    }
+
+    /// Watches `KubeVirt`'s instances from the first pool on that has some. Where there is no `KubeVirt` nobody asks for it.
+    fn watch_instances(&mut self) {
+        if self.instances.is_none() && self.pools.state().iter().any(|pool| kubevirt::runs(&pool.spec)) {
+            let labelled = watcher::Config::default().labels(objects::POOL);
+            let api = Api::all(self.options.client.clone());
+            self.instances = Some(cache(api, labelled, &self.wake, &mut self.tasks));
+        }
+    }
+
+    /// Whether a pool's machines can be seen: before that nothing is decided.
+    fn sees(&self, pool: &RunnerPool) -> bool {
+        use futures::FutureExt as _;
+        let ready = |store: &reflector::Store<VirtualMachineInstance>| {
+            store.wait_until_ready().now_or_never().is_some_and(|ready| ready.is_ok())
+        };
+        !kubevirt::runs(&pool.spec) || self.instances.as_ref().is_some_and(ready)
     }
 
     /// Which nodes take no new pods, and since when as far as is known.

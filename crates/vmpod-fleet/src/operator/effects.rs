@@ -7,7 +7,10 @@ use futures::future::BoxFuture;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, Secret};
 use kube::ResourceExt as _;
-use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::api::{
+    Api, ApiResource, DeleteParams, DynamicObject, GroupVersionKind, ListParams, Patch, PatchParams, PostParams,
+    Preconditions,
+};
 use russh::keys::ssh_key::LineEnding;
 use russh::keys::{Algorithm, PrivateKey};
 use serde_json::json;
@@ -16,7 +19,8 @@ use vmpod_api::provision::Provision;
 use vmpod_api::runner::{Phase, Runner, RunnerStatus};
 
 use super::{AT_ONCE, Expected, GHOST, Kept, MANAGER, Operator, Part, gone, label, machine_id, made, namespace};
-use crate::provider::{Machine, Seen as Job, Trouble};
+use crate::kubevirt::{self, VirtualMachineInstance};
+use crate::provider::{Keep, Machine, Seen as Job, Trouble};
 use crate::provision::{self, Login, Proof};
 use crate::user_data::{self, Values};
 use crate::{life, objects};
@@ -149,6 +153,13 @@ impl Operator {
                     }
                 }
                 let data = data.map(|data| objects::has_user_data(&pool.spec).then_some(data));
+                let answers = |data: &Option<String>| -> BTreeMap<String, String> {
+                    let text = data.as_ref().filter(|_| kubevirt::has_answers(&pool.spec));
+                    text.map(|text| kubevirt::ANSWERS.map(|name| (name.to_owned(), text.clone())))
+                        .into_iter()
+                        .flatten()
+                        .collect()
+                };
                 let told = match values {
                     None => Ok(BTreeMap::new()),
                     Some((_, Err(trouble))) => Err(trouble),
@@ -160,11 +171,15 @@ impl Operator {
                     }
                 };
                 match data.and_then(|data| Ok((data, told?))) {
-                    Ok((data, told)) => {
+                    Ok((data, mut told)) => {
+                        told.extend(answers(&data));
                         // Whatever an operator before this one put there: its token may be gone since.
                         let secret = objects::secret(runner, data, told);
                         let apply = PatchParams::apply(MANAGER).force();
                         secrets.patch(&runner.name_any(), &apply, &Patch::Apply(&secret)).await?;
+                        if kubevirt::runs(&pool.spec) {
+                            return self.make_instance(pool, runner, keep).await;
+                        }
                         made(pods.create(&PostParams::default(), &objects::pod(pool, runner, keep)).await)
                     }
                     Err(trouble) => {
@@ -181,6 +196,20 @@ impl Operator {
             kept.fresh.remove(&runner.name_any());
         }
         result
+    }
+
+    /// What the machines of a pool on `KubeVirt` are made as.
+    fn machines(&self, pool: &RunnerPool) -> Api<DynamicObject> {
+        let (kind, plural) = kubevirt::kind(&pool.spec);
+        let kind = GroupVersionKind::gvk("kubevirt.io", "v1", kind);
+        let resource = ApiResource::from_gvk_with_plural(&kind, plural);
+        Api::namespaced_with(self.options.client.clone(), &namespace(pool), &resource)
+    }
+
+    async fn make_instance(&self, pool: &RunnerPool, runner: &Runner, keep: &Keep) -> Result<(), kube::Error> {
+        let machine = kubevirt::machine(pool, runner, keep);
+        let machine = serde_json::from_value(machine).map_err(kube::Error::SerdeError)?;
+        made(self.machines(pool).create(&PostParams::default(), &machine).await)
     }
 
     /// Asks those to go that were asked before and whose machines don't seem to have heard it.
@@ -234,8 +263,13 @@ impl Operator {
         }
         // With the pod's own grace period: should a job have come in this instant, the guest ends after it. It is written down
         // afterwards, so that an operator that dies in between asks again.
-        let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(part.pool.as_ref()));
-        gone(pods.delete(name, &DeleteParams::default()).await)?;
+        if kubevirt::runs(&part.pool.spec) {
+            let machines = self.machines(&part.pool);
+            gone(machines.delete(name, &DeleteParams::default()).await)?;
+        } else {
+            let pods: Api<Pod> = Api::namespaced(self.options.client.clone(), &namespace(part.pool.as_ref()));
+            gone(pods.delete(name, &DeleteParams::default()).await)?;
+        }
         tracing::info!(runner = name, "a runner is asked to go");
         self.options.metrics.drained(&label(&part.pool));
         let mut status = runner.status.clone().unwrap_or_default();
@@ -286,6 +320,17 @@ impl Operator {
             }
             let patch = json!({"metadata": {"labels": {objects::EVICTABLE: "true"}}});
             tracing::info!(runner = name, "its node has waited long enough: the runner may be evicted");
+            if kubevirt::runs(&part.pool.spec) {
+                // The budget speaks of pods, and the instance's has a name of its own.
+                let label = format!("{}={name}", objects::RUNNER);
+                for pod in pods.list(&ListParams::default().labels(&label)).await?.items {
+                    gone(pods.patch(&pod.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await)?;
+                }
+                let instances: Api<VirtualMachineInstance> =
+                    Api::namespaced(self.options.client.clone(), &namespace(part.pool.as_ref()));
+                gone(instances.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await)?;
+                continue;
+            }
             gone(pods.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await)?;
         }
         Ok(())

@@ -61,6 +61,25 @@ impl Operator {
         self.tell(pool, status).await.map(|()| look)
     }
 
+    /// Tells that nothing is decided about a pool, because its machines can't be seen.
+    pub(super) async fn blind(&self, pool: &RunnerPool, now: Timestamp) {
+        let why = "KubeVirt's VirtualMachineInstances can't be watched: install KubeVirt (kubevirt.io/v1), and let this operator list them";
+        let mut status = pool.status.clone().unwrap_or_default();
+        let generation = pool.metadata.generation;
+        objects::set_condition(
+            &mut status.conditions,
+            "Scaling",
+            false,
+            "NoSubstrate",
+            why.to_owned(),
+            generation,
+            now,
+        );
+        if let Err(error) = self.tell(pool, status).await {
+            tracing::debug!(pool = key(pool), error = crate::chain(&error), "a status wasn't written");
+        }
+    }
+
     /// Keeps others from evicting the pool's pods: nobody but the operator can tell which of them has a job.
     async fn guard(&self, pool: &RunnerPool, kept: &mut Kept) -> Result<(), kube::Error> {
         let generation = pool.metadata.generation.unwrap_or(0);
