@@ -108,6 +108,76 @@ async fn what_it_renders_is_what_was_asked_for() -> Result<()> {
     Ok(())
 }
 
+/// Without Helm, and by Debian's package.
+#[tokio::test]
+async fn plain_manifests_are_what_the_chart_renders() -> Result<()> {
+    let home = Home::new("manifests")?;
+    let plain =
+        home.vmpod(&["manifests", "--image", "registry.example.com/vmpod:1", "--namespace", "fleet"]).await?.ok()?;
+    let chart = chart().to_string_lossy().into_owned();
+    let image = "--set=image=registry.example.com/vmpod:1";
+    let rendered = helm(&["template", "vmpod", &chart, image, "--namespace=fleet", "--include-crds"]).await?.ok()?;
+    // As a set of objects, without what tells who keeps them.
+    let objects = async |text: &str| -> Result<Vec<String>> {
+        let program = "import sys, json, yaml
+for object in yaml.safe_load_all(sys.stdin):
+    if not object or object['kind'] == 'Namespace': continue
+    def strip(value):
+        if isinstance(value, dict): return {k: strip(v) for k, v in value.items() if k not in ('helm.sh/chart', 'app.kubernetes.io/managed-by')}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+    print(json.dumps(strip(object), sort_keys=True))";
+        let mut python = Command::new(prerequisites::program("python3", "python3")?);
+        python.args(["-c", program]).env("PYTHONPATH", prerequisites::python()?);
+        let text = run(python, Some(text.as_bytes()), Duration::from_mins(1)).await?.ok()?;
+        let mut all: Vec<String> = text.lines().map(str::to_owned).collect();
+        all.sort();
+        Ok(all)
+    };
+    let (plain_objects, rendered) = (objects(&plain).await?, objects(&rendered).await?);
+    ensure!(plain_objects.len() > 8, "{plain}");
+    ensure!(plain_objects == rendered, "run `cargo xtask crds`: {plain_objects:#?} {rendered:#?}");
+    // As far as the embedded API has the kinds, it takes them.
+    let up = home.up(&[]).await?;
+    let kinds = home.vmpod(&["manifests", "--kinds-only"]).await?.ok()?;
+    up.kubectl_with(&["apply", "--server-side", "-f", "-"], Some(kinds.as_bytes())).await?.ok()?;
+    up.kubectl_ok(&["get", "runnerpools,runners"]).await?;
+    up.stop().await
+}
+
+#[tokio::test]
+async fn debians_package_has_the_program_and_its_services() -> Result<()> {
+    let root = prerequisites::repository();
+    let mut build = Command::new(root.join("packaging/debian/build"));
+    build.arg(prerequisites::vmpod()?);
+    let path = root.join(run(build, None, Duration::from_mins(3)).await?.ok()?.trim());
+    let scratch = tempfile::tempdir()?;
+    let dpkg = async |args: &[&str]| {
+        let mut command = Command::new(prerequisites::program("dpkg-deb", "dpkg")?);
+        command.args(args);
+        run(command, None, Duration::from_mins(2)).await?.ok()
+    };
+    let (deb, out) = (path.to_string_lossy().into_owned(), scratch.path().to_string_lossy().into_owned());
+    let field = dpkg(&["--field", &deb, "Package", "Depends", "Recommends"]).await?;
+    ensure!(
+        field.contains("Package: vmpod") && field.contains("libc6") && field.contains("qemu-system-x86"),
+        "{field}"
+    );
+    dpkg(&["--extract", &deb, &out]).await?;
+    let mut program = Command::new(scratch.path().join("usr/bin/vmpod"));
+    program.arg("version");
+    ensure!(run(program, None, Duration::from_mins(1)).await?.ok()?.starts_with("vmpod "), "it doesn't run");
+    for (part, words) in [("up", "up --keep-vms"), ("node", "node --keep-vms")] {
+        let unit =
+            std::fs::read_to_string(scratch.path().join(format!("usr/lib/systemd/system/vmpod-{part}.service")))?;
+        ensure!(unit.contains(&format!("EnvironmentFile=/etc/default/vmpod-{part}\n")), "{unit}");
+        let start = format!("ExecStart=/usr/bin/vmpod --home /var/lib/vmpod {words} $VMPOD_ARGS\n");
+        ensure!(unit.contains(&start) && unit.contains("KillMode=process"), "{unit}");
+        ensure!(scratch.path().join(format!("etc/default/vmpod-{part}")).exists(), "no arguments of {part}");
+    }
+    std::fs::remove_file(path)?;
+    Ok(())
+}
+
 /// A kubeconfig like another one, for somebody else.
 fn kubeconfig_of(admin: &str, token: &str) -> Result<String> {
     let client = ["client-certificate-data:", "client-key-data:"];

@@ -50,13 +50,28 @@ fn main() -> ExitCode {
     }
 }
 
-/// Writes what the Helm chart says of vmpod's kinds.
+/// What the chart renders with its usual values, for `vmpod manifests`: nothing in it says that Helm keeps it.
+fn manifests(root: &Path) -> anyhow::Result<String> {
+    let mut helm = std::process::Command::new(root.join("target/tools/helm"));
+    helm.args(["template", "vmpod"]).arg(root.join("charts/vmpod"));
+    helm.args(["--set=image=VMPOD_IMAGE", "--namespace=VMPOD_NAMESPACE"]);
+    let output = helm.output().context("can't run target/tools/helm: `make tools` puts it there")?;
+    anyhow::ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout)?;
+    let lines =
+        text.lines().filter(|line| !line.trim_start().starts_with("helm.sh/chart:") && !line.starts_with("# Source:"));
+    Ok(lines.map(|line| line.replace("managed-by: Helm", "managed-by: vmpod") + "\n").collect())
+}
+
+/// Writes what the Helm chart says of vmpod's kinds, and the operator's plain manifests.
 fn crds(root: &Path) -> anyhow::Result<()> {
     for definition in vmpod_api::definitions() {
         let path = root.join("charts/vmpod/crds").join(format!("{}.json", definition.spec.names.plural));
         let text = serde_json::to_string_pretty(&definition)?;
         std::fs::write(&path, text + "\n").with_context(|| format!("can't write {}", path.display()))?;
     }
+    let path = root.join("crates/vmpod/src/manifests.yaml");
+    std::fs::write(&path, manifests(root)?).with_context(|| format!("can't write {}", path.display()))?;
     Ok(())
 }
 

@@ -9,6 +9,7 @@ mod gitlab_executor;
 mod guest_login;
 mod hypervisor;
 mod keda;
+mod manifests;
 mod network;
 mod node;
 mod service;
@@ -26,6 +27,7 @@ pub(crate) use gitlab_executor::{GitlabExecutor, Stage};
 pub(crate) use guest_login::GuestLogin;
 pub(crate) use hypervisor::{Hypervisor, Kind, MachineVz};
 pub(crate) use keda::Keda;
+pub(crate) use manifests::Manifests;
 pub(crate) use network::Network;
 pub(crate) use node::{DockerHost, Node, NodeObject};
 pub(crate) use service::{Manager, Part, Service, ServiceCommand, ServiceInstall, ServiceUninstall};
@@ -104,6 +106,7 @@ pub(crate) enum Command {
     Token(Token),
     GitlabExecutor(GitlabExecutor),
     Service(Service),
+    Manifests(Manifests),
     #[command(hide = true)]
     MachineVz(MachineVz),
     Doctor(Doctor),

@@ -19,6 +19,7 @@ mod interrupts;
 mod keda;
 mod logging;
 mod machine_vz;
+mod manifests;
 mod metrics;
 mod node;
 mod output;
@@ -106,6 +107,7 @@ async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Token(args) => token::run(&home()?, args.command).await,
         Command::GitlabExecutor(args) => gitlab_executor::run(home, args).await,
         Command::Service(args) => service::run(home()?, args).await,
+        Command::Manifests(args) => manifests::run(&args),
         Command::MachineVz(args) => machine_vz::run(&args),
         Command::Completions(args) => {
             let mut script = Vec::new();
