@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Manifests) -> Result<Exit> {
 fn text(args: &Manifests) -> Result<String> {
     // JSON is YAML.
     let kinds = vmpod_api::definitions().into_iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
-    let kinds: String = kinds.iter().map(|kind| format!("---\n{kind:#}\n")).collect();
+    let kinds = kinds.iter().map(|kind| format!("---\n{kind:#}\n")).collect::<Vec<_>>().concat();
     let Some(image) = &args.image else { return Ok(kinds) };
     let word = |c: char| c.is_ascii_alphanumeric() || "-._:/@".contains(c);
     if image.is_empty() || !image.chars().all(word) {
@@ -57,7 +57,8 @@ mod tests {
     fn what_is_chosen_is_everywhere() {
         let text = of("registry.example.com/vmpod:1", "fleet").unwrap();
         assert!(
-            !text.contains("VMPOD_")
+            !text.contains(IMAGE)
+                && !text.contains(NAMESPACE)
                 && text.contains("namespace: fleet")
                 && text.contains("\"registry.example.com/vmpod:1\"")
         );
