@@ -251,6 +251,70 @@ async fn a_node_fetches_what_it_was_told_to_have() -> Result<()> {
     up.stop().await
 }
 
+/// By an object of the API, with a Secret that nodes may read: for the nodes that it names, until it can be done.
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_fetch_what_an_object_asks_for() -> Result<()> {
+    let registry = Registry::start(true).await?;
+    let here = registry.store("here")?;
+    disk(&registry.path("disk.raw"), 1)?;
+    let local = Reference::parse("guest")?;
+    import(&here, Source::Raw(registry.path("disk.raw")), &local, ImportOptions::default()).await?;
+    let (first, late) = (registry.image("ci/guest:1")?, registry.image("ci/guest:2")?);
+    let config = registry.path("config.json");
+    let pair = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, format!("{USER}:{PASSWORD}"));
+    std::fs::write(&config, serde_json::json!({"auths": {&registry.host: {"auth": pair}}}).to_string())?;
+    let credentials = Credentials::default().with_file(config);
+    let options = || PushOptions {
+        credentials: credentials.clone(),
+        ca_files: vec![registry.path("ca.pem")],
+        ..PushOptions::default()
+    };
+    push(&here, &local, &first, options()).await?;
+    let home = e2e::Home::new("prefetch-objects")?;
+    let ca = registry.path("ca.pem").to_string_lossy().into_owned();
+    let up = home.up(&["--fleet-poll", "1s", "--registry-ca", &ca, "--node-label", "site=bkk"]).await?;
+    e2e::eventually("the kind is there", || async { up.kubectl_ok(&["get", "imageprefetches"]).await.map(drop) })
+        .await?;
+    let server = format!("--docker-server={}", registry.host);
+    let (user, password) = (format!("--docker-username={USER}"), format!("--docker-password={PASSWORD}"));
+    up.kubectl_ok(&["create", "secret", "docker-registry", "pull", &server, &user, &password]).await?;
+    // Which Secrets nodes may read is for whoever keeps the cluster to say.
+    up.kubectl_ok(&["create", "role", "pull", "--verb=get", "--resource=secrets", "--resource-name=pull"]).await?;
+    up.kubectl_ok(&["create", "rolebinding", "pull", "--role=pull", "--group=system:nodes"]).await?;
+    let object = |name: &str, site: &str, images: &[&Reference]| {
+        let images: Vec<String> = images.iter().map(ToString::to_string).collect();
+        serde_json::json!({"apiVersion": "vmpod.dev/v1alpha1", "kind": "ImagePrefetch", "metadata": {"name": name, "namespace": "default"},
+            "spec": {"images": images, "nodeSelector": {"site": site}, "imagePullSecrets": [{"name": "pull"}]}})
+    };
+    up.apply(&object("here", "bkk", &[&first, &late])).await?;
+    up.apply(&object("elsewhere", "gcp", &[&first])).await?;
+    let status = async |name: &str| -> Result<serde_json::Value> {
+        let text = up.kubectl_ok(&["get", "imageprefetch", name, "-o", "json"]).await?;
+        Ok(serde_json::from_str::<serde_json::Value>(&text)?["status"]["nodes"].clone())
+    };
+    let node = up.kubectl_ok(&["get", "nodes", "-o", "jsonpath={.items[0].metadata.name}"]).await?;
+    e2e::eventually("one is there, and what is wrong with the other is told", || async {
+        let told = status("here").await?[&node].clone();
+        ensure!(told["phase"] == "Failed" && told["images"] == "1/2", "{told}");
+        let message = told["message"].as_str().unwrap_or_default();
+        ensure!(message.contains("ci/guest:2"), "{message}");
+        Ok(())
+    })
+    .await?;
+    home.vmpod(&["image", "inspect", &first.to_string()]).await?.ok()?;
+    // What is mended at the registry is found without a word to the node.
+    push(&here, &local, &late, options()).await?;
+    e2e::eventually_within(Duration::from_mins(1), "the other is there too", || async {
+        let told = status("here").await?[&node].clone();
+        ensure!(told["phase"] == "Ready" && told["images"] == "2/2", "{told}");
+        Ok(())
+    })
+    .await?;
+    home.vmpod(&["image", "inspect", &late.to_string()]).await?.ok()?;
+    ensure!(status("elsewhere").await?.is_null(), "a node that wasn't meant took it up");
+    up.stop().await
+}
+
 /// What the ruinous proxy did.
 #[derive(Default)]
 struct Done {

@@ -6,10 +6,12 @@ pub mod annotations;
 pub mod kubevirt;
 pub mod labels;
 pub mod pool;
+pub mod prefetch;
 pub mod provision;
 pub mod runner;
 
 pub use pool::{RunnerPool, RunnerPoolSpec, RunnerPoolStatus};
+pub use prefetch::{ImagePrefetch, ImagePrefetchSpec, ImagePrefetchStatus};
 pub use runner::{Runner, RunnerSpec, RunnerStatus};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
@@ -20,7 +22,7 @@ use serde_json as _;
 /// The definitions of vmpod's own kinds, for an API that doesn't have them yet.
 #[must_use]
 pub fn definitions() -> Vec<CustomResourceDefinition> {
-    vec![RunnerPool::crd(), Runner::crd()]
+    vec![RunnerPool::crd(), Runner::crd(), ImagePrefetch::crd()]
 }
 
 #[cfg(test)]

@@ -155,6 +155,18 @@ async fn find(
     Ok(image)
 }
 
+/// The text of a pull secret, if it has one.
+pub(crate) async fn docker_config(
+    client: &kube::Client,
+    namespace: &str,
+    name: &str,
+) -> Result<Option<String>, kube::Error> {
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
+    let data = secrets.get(name).await?.data.unwrap_or_default();
+    let text = [".dockerconfigjson", ".dockercfg"].iter().find_map(|key| data.get(*key));
+    Ok(text.and_then(|bytes| String::from_utf8(bytes.0.clone()).ok()))
+}
+
 /// The node's credentials with the pod's pull secrets before them. A secret that is missing is told and passed over, as the
 /// kubelet does: the image may be public.
 pub(crate) async fn credentials(
@@ -164,16 +176,10 @@ pub(crate) async fn credentials(
     pod: &Pod,
 ) -> Credentials {
     let mut credentials = registries.credentials.clone();
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), pod::namespace(pod));
     for reference in pod::spec(pod).and_then(|spec| spec.image_pull_secrets.as_ref()).into_iter().flatten() {
-        match secrets.get(&reference.name).await {
-            Ok(secret) => {
-                let data = secret.data.unwrap_or_default();
-                let text = [".dockerconfigjson", ".dockercfg"].iter().find_map(|key| data.get(*key));
-                if let Some(text) = text.and_then(|bytes| String::from_utf8(bytes.0.clone()).ok()) {
-                    credentials = credentials.with_docker_config(text);
-                }
-            }
+        match docker_config(client, pod::namespace(pod), &reference.name).await {
+            Ok(Some(text)) => credentials = credentials.with_docker_config(text),
+            Ok(None) => {}
             Err(error) => {
                 tracing::debug!(secret = reference.name, %error, "pull secret");
                 events.pod(

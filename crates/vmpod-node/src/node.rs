@@ -309,6 +309,7 @@ impl Node {
         let images = std::mem::take(&mut self.prefetch);
         let (store, registries, events) = (world.store.clone(), world.registries.clone(), world.events.clone());
         tasks.spawn(Box::pin(prefetch::run(store, registries, images, events, registered.clone())));
+        tasks.spawn(Box::pin(prefetch::objects::run(Arc::clone(&world))));
         let room = self.image_room.clone();
         tasks.spawn(Box::pin(image_gc::run(world.store.clone(), self.image_gc, room)));
         tasks.spawn(registration::keep_lease(world.client.clone(), registered));

@@ -11,6 +11,8 @@ use crate::{
     options::Registries,
 };
 
+pub(crate) mod objects;
+
 /// The wait after the first failure; it doubles.
 const FIRST: Duration = Duration::from_secs(10);
 /// The longest wait: a registry that is down for the night is asked now and then.
@@ -53,15 +55,18 @@ pub(crate) async fn run(store: Store, registries: Registries, images: Vec<String
     }
 }
 
+/// Whether an image is here.
+async fn present(store: &Store, name: &str) -> Result<bool, String> {
+    let reference = Reference::parse(name).map_err(|error| error_chain(&error))?;
+    let store = store.clone();
+    let present = tokio::task::spawn_blocking(move || store.get(&reference)).await;
+    Ok(present.map_err(|error| error.to_string())?.map_err(|error| error_chain(&error))?.is_some())
+}
+
 /// Makes sure that one image is here. Whether it had to be pulled.
 async fn one(store: &Store, registries: &Registries, name: &str) -> Result<bool, String> {
     let reference = Reference::parse(name).map_err(|error| error_chain(&error))?;
-    let present = {
-        let (store, reference) = (store.clone(), reference.clone());
-        tokio::task::spawn_blocking(move || store.get(&reference)).await
-    };
-    let present = present.map_err(|error| error.to_string())?.map_err(|error| error_chain(&error))?;
-    if present.is_some() {
+    if present(store, name).await? {
         return Ok(false);
     }
     let options = PullOptions {

@@ -238,6 +238,11 @@ impl Ledger {
         self.book().node = Some(node);
     }
 
+    /// The Node object as it was last seen.
+    pub(crate) fn node(&self) -> Option<Arc<Node>> {
+        self.book().node.clone()
+    }
+
     /// What the node is short of.
     pub(crate) fn set_pressure(&self, pressure: Pressure) {
         self.book().pressure = pressure;

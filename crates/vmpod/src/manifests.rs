@@ -63,7 +63,7 @@ mod tests {
                 && text.contains("\"registry.example.com/vmpod:1\"")
         );
         let kinds = super::text(&Manifests { image: None, namespace: "x".to_owned(), kinds_only: true }).unwrap();
-        assert_eq!(kinds.matches("\"kind\": \"CustomResourceDefinition\"").count(), 2);
+        assert_eq!(kinds.matches("\"kind\": \"CustomResourceDefinition\"").count(), 3);
     }
 
     #[test]

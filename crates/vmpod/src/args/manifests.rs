@@ -14,7 +14,7 @@ pub(crate) struct Manifests {
     /// The operator's namespace
     #[arg(long, value_name = "NAME", default_value = "vmpod")]
     pub(crate) namespace: String,
-    /// Only the kinds `RunnerPool` and `Runner`
+    /// Only the kinds `RunnerPool`, `Runner` and `ImagePrefetch`
     #[arg(long, conflicts_with_all = ["image", "namespace"])]
     pub(crate) kinds_only: bool,
 }
