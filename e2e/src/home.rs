@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use serde_json::json;
 use tempfile::TempDir;
 use tokio::process::Command;
 
@@ -86,6 +87,19 @@ impl Home {
         if here.exists() {
             std::fs::copy(&here, known_kvm()?).context("can't keep what is known of KVM")?;
         }
+        Ok(up)
+    }
+
+    /// The same with the fleet's operator, which asks a scripted GitLab each second. Its token is in the Secret `gitlab`.
+    pub async fn up_with_fleet(&self, args: &[&str]) -> Result<Up> {
+        let up = self.up(&[&["--fleet-poll", "1s"], args].concat()).await?;
+        let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gitlab", "namespace": "default"},
+            "stringData": {"token": "glpat-scripted"}});
+        up.apply(&secret).await?;
+        eventually_within(Duration::from_mins(1), "the kinds of the fleet are there", || async {
+            up.kubectl_ok(&["get", "runnerpools,runners"]).await.map(drop)
+        })
+        .await?;
         Ok(up)
     }
 

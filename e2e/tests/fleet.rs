@@ -29,17 +29,7 @@ fn pool(scripted: &Scripted, name: &str, max: u32) -> Value {
 }
 
 async fn up(home: &Home) -> Result<Up> {
-    let up = home.up(&["--fleet-poll", "1s", "--metrics-listen", "127.0.0.1:0"]).await?;
-    up.apply(&json!({
-        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gitlab", "namespace": "default"},
-        "stringData": {"token": "glpat-scripted"},
-    }))
-    .await?;
-    eventually_within(Duration::from_mins(1), "the kinds of the fleet are there", || async {
-        up.kubectl_ok(&["get", "runnerpools,runners"]).await.map(drop)
-    })
-    .await?;
-    Ok(up)
+    home.up_with_fleet(&["--metrics-listen", "127.0.0.1:0"]).await
 }
 
 fn job(pool: &str) -> NewJob {

@@ -298,12 +298,7 @@ async fn install(up: &Up) -> Result<()> {
 async fn runners_are_instances_of_kubevirt() -> Result<()> {
     let scripted = Scripted::with_agent().await?;
     let home = Home::with_tiny("kubevirt").await?;
-    let up = home.up(&["--fleet-poll", "1s"]).await?;
-    up.apply(&json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gitlab"}, "stringData": {"token": "glpat-scripted"}})).await?;
-    eventually_within(Duration::from_mins(1), "the kinds of the fleet are there", || async {
-        up.kubectl_ok(&["get", "runnerpools,runners"]).await.map(drop)
-    })
-    .await?;
+    let up = home.up_with_fleet(&[]).await?;
     let url = scripted.url();
     let job = |pool: &str, script: &[&str]| {
         let script = script.iter().map(|line| (*line).to_owned()).collect();

@@ -57,20 +57,6 @@ fn config_map(text: &str) -> Value {
         "data": {"site.yml": text}})
 }
 
-async fn up(home: &Home, docker: &Docker) -> Result<Up> {
-    let up = home.up(&["--fleet-poll", "1s", "--docker-host", &docker.host()]).await?;
-    up.apply(&json!({
-        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "gitlab", "namespace": "default"},
-        "stringData": {"token": "glpat-scripted"},
-    }))
-    .await?;
-    eventually_within(Duration::from_mins(1), "the kinds of the fleet are there", || async {
-        up.kubectl_ok(&["get", "runnerpools,runners"]).await.map(drop)
-    })
-    .await?;
-    Ok(up)
-}
-
 async fn succeeds(up: &Up, scripted: &Scripted, job: u64) -> Result<()> {
     eventually_within(Duration::from_mins(3), "the job has run", || async {
         let status = scripted.with(|state| state.jobs[&job].status);
@@ -86,7 +72,7 @@ async fn ansible_makes_a_machine_a_runner_or_the_runner_fails() -> Result<()> {
     let scripted = Scripted::with_agent().await?;
     let home = Home::with_tiny("provision").await?;
     let docker = Docker::start().await?.with_ansible().await?;
-    let up = up(&home, &docker).await?;
+    let up = home.up_with_fleet(&["--docker-host", &docker.host()]).await?;
     let job = |pool: &str| {
         let script = vec![RAN.into(), "uname -n".into()];
         scripted.with(|state| state.add(NewJob { tags: vec![pool.into()], script, ..NewJob::default() }))
@@ -162,11 +148,7 @@ async fn ansible_makes_a_machine_a_runner_or_the_runner_fails() -> Result<()> {
 async fn what_can_not_be_provisioned_is_refused() -> Result<()> {
     let scripted = Scripted::start(Config::default()).await?;
     let home = Home::with_tiny("provision-bad").await?;
-    let up = home.up(&["--fleet-poll", "1s"]).await?;
-    eventually_within(Duration::from_mins(1), "the kinds of the fleet are there", || async {
-        up.kubectl_ok(&["get", "runnerpools,runners"]).await.map(drop)
-    })
-    .await?;
+    let up = home.up_with_fleet(&[]).await?;
     // What the examples show is taken.
     let examples = prerequisites::repository().join("examples");
     let pools = entries(&examples)?.into_iter().filter(|name| name.starts_with("runnerpool"));
