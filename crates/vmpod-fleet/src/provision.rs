@@ -29,22 +29,51 @@ const PASSWORD: &str = "password";
 /// The same for a private key.
 pub const PRIVATE_KEY: &str = "ssh-privatekey";
 
-/// Tries it again as often as `$0` says.
-const RETRIES: &str = r#"tried=0
-until "$@"; do
-    code=$?
-    [ "$tried" -lt "$0" ] || exit "$code"
-    tried=$((tried + 1))
-    echo "vmpod: it ended with $code; try $tried of $0 more begins in 10 s" >&2
-    sleep 10
-done"#;
+/// Runs the command of its arguments, and again as often as `$0` says.
+///
+/// What it prints goes on without the secrets that it was told: the log, and its end in statuses and events, are read by more people
+/// than Secrets. The first process of a container hears of no end unless it listens, and a shell listens only while it waits.
+const RUN: &str = r#"trap 'exit 143' TERM INT
+token= password=
+[ ! -r "$VMPOD_PROVISION/runner-token" ] || IFS= read -r token <"$VMPOD_PROVISION/runner-token" || :
+[ ! -r "$VMPOD_PROVISION/password" ] || IFS= read -r password <"$VMPOD_PROVISION/password" || :
+scrub() {
+    while IFS= read -r line || [ -n "$line" ]; do
+        for secret in "$token" "$password"; do
+            [ -n "$secret" ] || continue
+            rest=$line line=
+            while :; do
+                case $rest in
+                *"$secret"*) line="$line${rest%%"$secret"*}(secret)" rest=${rest#*"$secret"} ;;
+                *) break ;;
+                esac
+            done
+            line=$line$rest
+        done
+        printf '%s\n' "$line"
+    done
+}
+exec 4>&1
+{
+    tried=0
+    while :; do
+        code=$({ { "$@" 3>&- 4>&-; echo "$?" >&3; } 2>&1 | scrub >&4; } 3>&1)
+        [ "$code" != 0 ] && [ "$tried" -lt "$0" ] || exit "$code"
+        tried=$((tried + 1))
+        echo "vmpod: it ended with $code; try $tried of $0 more begins in 10 s" >&4
+        sleep 10
+    done
+} &
+wait "$!""#;
 
 /// Clones a repository. Its password is in the environment, which no command line shows.
-const CLONE: &str = r#"set -- clone --quiet --depth 1 ${VMPOD_GIT_REFERENCE:+--branch "$VMPOD_GIT_REFERENCE"} -- "$VMPOD_GIT_URL" /vmpod/playbook
+const CLONE: &str = r#"trap 'exit 143' TERM INT
+set -- clone --quiet --depth 1 ${VMPOD_GIT_REFERENCE:+--branch "$VMPOD_GIT_REFERENCE"} -- "$VMPOD_GIT_URL" /vmpod/playbook
 if [ -n "${VMPOD_GIT_PASSWORD:-}" ]; then
     set -- -c 'credential.helper=!f() { echo "username=$VMPOD_GIT_USERNAME"; echo "password=$VMPOD_GIT_PASSWORD"; }; f' "$@"
 fi
-GIT_TERMINAL_PROMPT=0 exec git "$@""#;
+GIT_TERMINAL_PROMPT=0 git "$@" &
+wait "$!""#;
 
 /// A way into a guest.
 #[derive(Clone, PartialEq, Eq)]
@@ -178,10 +207,8 @@ pub fn add(pod: &mut Pod, provision: &Provision, secret: &str) {
         command = words.map(str::to_owned).to_vec();
         command.push(format!("{PLAYBOOKS}/{}", playbook.file));
     }
-    if provision.retries > 0 {
-        let wrapper = ["/bin/sh", "-c", RETRIES].map(str::to_owned).into_iter();
-        command = wrapper.chain([provision.retries.to_string()]).chain(command).collect();
-    }
+    let runner = ["/bin/sh", "-c", RUN].map(str::to_owned).into_iter();
+    let command = runner.chain([provision.retries.to_string()]).chain(command).collect();
     let field = ObjectFieldSelector { field_path: "status.podIP".to_owned(), ..ObjectFieldSelector::default() };
     let address = EnvVarSource { field_ref: Some(field), ..EnvVarSource::default() };
     spec.containers.push(Container {
@@ -191,6 +218,7 @@ pub fn add(pod: &mut Pod, provision: &Provision, secret: &str) {
         env: Some(vec![
             EnvVar { name: "VMPOD_MACHINE".to_owned(), value_from: Some(address), ..EnvVar::default() },
             plain("VMPOD_MACHINE_PORT", &port(provision).to_string()),
+            plain("VMPOD_PROVISION", TOLD),
             plain("ANSIBLE_FORCE_COLOR", "0"),
             plain("PYTHONUNBUFFERED", "1"),
         ]),
@@ -360,21 +388,56 @@ mod tests {
     }
 
     /// The script as a shell runs it, with a `sleep` that doesn't.
+    fn shell(dir: &std::path::Path, retries: &str, words: &[&str]) -> Command {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &format!("sleep() {{ :; }}\n{RUN}"), retries]).args(words);
+        command.current_dir(dir).env("VMPOD_PROVISION", dir);
+        command
+    }
+
     #[test]
     fn it_is_tried_again_as_often_as_it_says() {
         let run = |fails: &str, retries: &str| {
-            let script = format!("sleep() {{ :; }}\n{RETRIES}");
             let dir = tempfile::tempdir().unwrap();
             let step = r#"echo x >>tries; [ "$(wc -l <tries)" -gt "$1" ] || exit 7"#;
-            let mut command = Command::new("/bin/sh");
-            let command = command.args(["-c", &script, retries, "/bin/sh", "-c", step, "step", fails]);
-            let done = command.current_dir(dir.path()).output().unwrap();
+            let done = shell(dir.path(), retries, &["/bin/sh", "-c", step, "step", fails]).output().unwrap();
             let tries = std::fs::read_to_string(dir.path().join("tries")).unwrap().lines().count();
             (done.status.code().unwrap(), tries)
         };
         assert_eq!(run("0", "2"), (0, 1));
         assert_eq!(run("2", "2"), (0, 3));
         assert_eq!(run("3", "2"), (7, 3));
+        assert_eq!(run("1", "0"), (7, 1));
+    }
+
+    #[test]
+    fn what_it_prints_has_no_secret_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("runner-token"), "glrt-a*b").unwrap();
+        std::fs::write(dir.path().join("password"), "hunter2").unwrap();
+        let step = r"echo 'url --token=glrt-a*b --token=glrt-a*b glrt-aXb'; echo 'hunter2 \ end' >&2; printf last";
+        let done = shell(dir.path(), "0", &["/bin/sh", "-c", step]).output().unwrap();
+        let text = String::from_utf8(done.stdout).unwrap();
+        assert_eq!(text, "url --token=(secret) --token=(secret) glrt-aXb\n(secret) \\ end\nlast\n");
+        assert!(done.status.success() && done.stderr.is_empty());
+    }
+
+    #[test]
+    fn it_ends_when_it_is_told_to() {
+        use std::io::Read as _;
+        use std::os::unix::process::CommandExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = shell(dir.path(), "2", &["/bin/sh", "-c", "echo runs; exec sleep 60"]);
+        let mut child = command.stdout(std::process::Stdio::piped()).process_group(0).spawn().unwrap();
+        let mut said = [0; 5];
+        child.stdout.take().unwrap().read_exact(&mut said).unwrap();
+        let began = std::time::Instant::now();
+        assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
+        assert_eq!(child.wait().unwrap().code(), Some(143));
+        assert!(began.elapsed() < std::time::Duration::from_secs(30));
+        // In a container all that it started ends with the first process; here somebody has to see to that.
+        let group = format!("-{}", child.id());
+        assert!(Command::new("kill").args(["-KILL", "--", &group]).status().unwrap().success());
     }
 
     #[test]

@@ -24,6 +24,7 @@ pub(crate) enum Kind {
     Node,
     Lease,
     Budget,
+    Event,
 }
 
 impl Kind {
@@ -36,6 +37,7 @@ impl Kind {
             "nodes" => Self::Node,
             "leases" => Self::Lease,
             "poddisruptionbudgets" => Self::Budget,
+            "events" => Self::Event,
             other => panic!("the simulated API has no {other}"),
         }
     }
@@ -49,6 +51,7 @@ impl Kind {
             Self::Node => ("v1", "Node"),
             Self::Lease => ("coordination.k8s.io/v1", "Lease"),
             Self::Budget => ("policy/v1", "PodDisruptionBudget"),
+            Self::Event => ("v1", "Event"),
         }
     }
 }
