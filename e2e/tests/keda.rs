@@ -146,6 +146,10 @@ async fn keda_hears_what_a_pool_needs_and_never_zero_for_unknown() -> Result<()>
         ensure!(answer["metricValues"][0]["metricValueFloat"] == value, "{metric}: {answer}");
     }
 
+    let answer = client.ask("GetMetrics", json!({"pool": "plain", "metric": "wait"})).await?;
+    let seconds = answer["metricValues"][0]["metricValueFloat"].as_f64().with_context(|| answer.to_string())?;
+    ensure!((0.0..60.0).contains(&seconds), "{answer}");
+
     // A queue that doesn't answer isn't an empty one.
     queue.with(|state| state.faults.extend((0..60).map(|_| (500, "down".to_owned(), None))));
     for waited in 0.. {

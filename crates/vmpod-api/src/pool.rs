@@ -400,6 +400,9 @@ pub struct RunnerPoolStatus {
     /// Jobs that wait; none when it isn't known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_jobs: Option<u32>,
+    /// Since when the first of them waits, RFC 3339; none when none does or it isn't known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_since: Option<String>,
     /// Which pods are its machines.
     #[serde(default)]
     pub selector: String,

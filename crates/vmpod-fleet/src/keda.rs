@@ -11,6 +11,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use futures::{Stream, StreamExt as _};
+use jiff::Timestamp;
 use kube::api::Api;
 use kube::runtime::{WatchStreamExt as _, watcher};
 use kube::{Client, ResourceExt as _};
@@ -107,6 +108,8 @@ enum Figure {
     PendingJobs,
     /// Percent of the runners that have a job.
     Utilization,
+    /// Seconds that the first of the waiting jobs has waited.
+    Wait,
 }
 
 /// A trigger, read.
@@ -125,8 +128,9 @@ impl Wish {
             None | Some("jobs") => (Figure::Jobs, 1.0),
             Some("pendingJobs") => (Figure::PendingJobs, 1.0),
             Some("utilization") => (Figure::Utilization, 70.0),
+            Some("wait") => (Figure::Wait, 30.0),
             Some(other) => {
-                let why = format!("metric {other:?} is none of jobs, pendingJobs and utilization");
+                let why = format!("metric {other:?} is none of jobs, pendingJobs, utilization and wait");
                 return Err(Status::invalid_argument(why));
             }
         };
@@ -153,12 +157,13 @@ impl Wish {
             Figure::Jobs => "jobs",
             Figure::PendingJobs => "pending-jobs",
             Figure::Utilization => "utilization",
+            Figure::Wait => "wait",
         };
         format!("vmpod-{}-{figure}", self.pool)
     }
 
     /// The figure; an error when it isn't known.
-    fn value(&self, status: &RunnerPoolStatus) -> Result<f64, Status> {
+    fn value(&self, status: &RunnerPoolStatus, now: Timestamp) -> Result<f64, Status> {
         let pending = || {
             let known = status.pending_jobs.map(f64::from);
             known.ok_or_else(|| {
@@ -170,6 +175,13 @@ impl Wish {
             Figure::PendingJobs => pending(),
             Figure::Utilization if status.replicas == 0 => Ok(0.0),
             Figure::Utilization => Ok(100.0 * f64::from(status.busy) / f64::from(status.replicas)),
+            Figure::Wait if status.pending_jobs == Some(0) => Ok(0.0),
+            Figure::Wait => {
+                let since = status.pending_since.as_ref().and_then(|since| since.parse::<Timestamp>().ok());
+                let waited = since.map(|since| now.duration_since(since).as_secs_f64().max(0.0));
+                let unknown = || format!("how long jobs have waited for pool {} isn't known now", self.pool);
+                waited.ok_or_else(|| Status::unavailable(unknown()))
+            }
         }
     }
 }
@@ -254,7 +266,7 @@ impl Scaler {
     async fn metrics(self, request: Request<GetMetricsRequest>) -> Answer<GetMetricsResponse> {
         let reference = request.get_ref().scaled_object_ref.as_ref();
         let wish = Wish::of(reference.ok_or_else(|| Status::invalid_argument("no scaledObjectRef"))?)?;
-        let value = wish.value(&self.status(&wish).await?)?;
+        let value = wish.value(&self.status(&wish).await?, Timestamp::now())?;
         let value = MetricValue { metric_name: wish.metric(), metric_value: whole(value), metric_value_float: value };
         Ok(Response::new(GetMetricsResponse { metric_values: vec![value] }))
     }
@@ -333,7 +345,7 @@ mod tests {
     #[test]
     fn what_is_not_known_is_never_zero() {
         let value = |metric: &str, status: &RunnerPoolStatus| {
-            wish(&[("metric", metric)]).unwrap().value(status).map(|value| value.to_string())
+            wish(&[("metric", metric)]).unwrap().value(status, Timestamp::UNIX_EPOCH).map(|value| value.to_string())
         };
         let known = status(Some(3), 2, 8);
         assert_eq!(value("jobs", &known).unwrap(), "5");
@@ -343,6 +355,14 @@ mod tests {
         let unknown = status(None, 0, 0);
         assert_eq!(value("jobs", &unknown).unwrap_err().code(), tonic::Code::Unavailable);
         assert_eq!(value("pendingJobs", &unknown).unwrap_err().code(), tonic::Code::Unavailable);
+        assert_eq!(
+            value("wait", &known).unwrap_err().code(),
+            tonic::Code::Unavailable,
+            "it waits, and nobody knows since when"
+        );
+        let since = Some("1969-12-31T23:59:20Z".to_owned());
+        assert_eq!(value("wait", &RunnerPoolStatus { pending_since: since, ..known }).unwrap(), "40");
+        assert_eq!(value("wait", &status(Some(0), 1, 1)).unwrap(), "0");
         assert!(is_active(&unknown), "nobody can say that nothing waits");
         assert!(!is_active(&status(Some(0), 0, 4)));
         assert!(is_active(&status(Some(0), 1, 4)) && is_active(&status(Some(1), 0, 0)));

@@ -226,12 +226,26 @@ fn status(
         updated: count(runners, |runner| !runner.phase.is_over() && runner.template == template),
         wanted: plan.wanted,
         pending_jobs: kept.demand.as_ref().and_then(|demand| demand.as_ref().ok()).map(|waiting| waiting.count),
+        pending_since: kept.demand.as_ref().and_then(|demand| demand.as_ref().ok()?.oldest).map(|oldest| {
+            let before = pool.status.as_ref().and_then(|status| status.pending_since.clone());
+            pending_since(oldest, before)
+        }),
         selector: format!("{}={}", objects::POOL, pool.name_any()),
         template: template.to_owned(),
         placements,
         observed_generation: generation,
         conditions,
     }
+}
+
+/// Since when the oldest job waits. A CI system that tells how long ago that was gives another instant each time: one that is a
+/// little off is the same, or the status would be written at every look.
+fn pending_since(oldest: Timestamp, before: Option<String>) -> String {
+    let near = |text: &String| {
+        text.parse::<Timestamp>()
+            .is_ok_and(|at| oldest.duration_since(at).unsigned_abs() <= std::time::Duration::from_secs(2))
+    };
+    before.filter(near).unwrap_or_else(|| objects::whole_second(oldest).to_string())
 }
 
 /// What the metrics show of a pool.
@@ -259,5 +273,19 @@ fn look(
         oldest,
         placements: status.placements.clone().into_iter().collect(),
         conditions: conditions.into_iter().filter_map(shown).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instant_that_is_a_little_off_is_the_same() {
+        let at = |text: &str| text.parse::<Timestamp>().unwrap();
+        let first = pending_since(at("2026-01-02T03:04:05.900Z"), None);
+        assert_eq!(first, "2026-01-02T03:04:05Z");
+        assert_eq!(pending_since(at("2026-01-02T03:04:06.400Z"), Some(first.clone())), first);
+        assert_eq!(pending_since(at("2026-01-02T03:04:09Z"), Some(first)), "2026-01-02T03:04:09Z");
     }
 }
