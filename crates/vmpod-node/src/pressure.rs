@@ -64,8 +64,8 @@ impl Signal {
 enum Amount {
     /// Bytes, or files.
     Units(u64),
-    /// Of the whole.
-    Percent(f64),
+    /// Of the whole, and at most so many.
+    Percent(f64, u64),
 }
 
 /// Below this, a signal is pressure.
@@ -84,15 +84,15 @@ pub struct Eviction {
 }
 
 impl Default for Eviction {
-    /// The kubelet's own.
+    /// The kubelet's own, which on large disks would be more than anybody needs: there they end at 10 and 15 GiB.
     fn default() -> Self {
         let mark = |signal, below| Mark { signal, below };
         Self {
             marks: vec![
                 mark(Signal::Memory, Amount::Units(100 << 20)),
-                mark(Signal::NodeFs, Amount::Percent(10.0)),
-                mark(Signal::NodeInodes, Amount::Percent(5.0)),
-                mark(Signal::ImageFs, Amount::Percent(15.0)),
+                mark(Signal::NodeFs, Amount::Percent(10.0, 10 << 30)),
+                mark(Signal::NodeInodes, Amount::Percent(5.0, u64::MAX)),
+                mark(Signal::ImageFs, Amount::Percent(15.0, 15 << 30)),
             ],
             transition: Duration::from_mins(5),
         }
@@ -123,22 +123,29 @@ pub struct BadThreshold(String);
 impl FromStr for Eviction {
     type Err = BadThreshold;
 
-    /// The kubelet's `--eviction-hard`: `SIGNAL<AMOUNT,…`; an empty text is no threshold at all.
+    /// The kubelet's `--eviction-hard`: `SIGNAL<AMOUNT,…`; an empty text is no threshold at all. Beyond the kubelet's, `10%|10Gi` is the
+    /// lesser of the two.
     fn from_str(text: &str) -> Result<Self, BadThreshold> {
         let mut marks = Vec::new();
         for part in text.split(',').map(str::trim).filter(|part| !part.is_empty()) {
             let bad = || BadThreshold(part.to_owned());
             let (name, amount) = part.split_once('<').ok_or_else(bad)?;
             let signal = Signal::ALL.iter().find(|(_, known)| *known == name.trim()).ok_or_else(bad)?.0;
-            let below = match amount.trim().strip_suffix('%') {
+            let units = |text: &str| Nanos::parse(text.trim()).map(Nanos::units_up).map_err(|_| bad());
+            let (share, most) = match amount.split_once('|') {
+                Some((share, most)) => (share, units(most)?),
+                None => (amount, u64::MAX),
+            };
+            let below = match share.trim().strip_suffix('%') {
                 Some(percent) => {
                     let percent: f64 = percent.parse().map_err(|_| bad())?;
                     if !(0.0..=100.0).contains(&percent) {
                         return Err(bad());
                     }
-                    Amount::Percent(percent)
+                    Amount::Percent(percent, most)
                 }
-                None => Amount::Units(Nanos::parse(amount.trim()).map_err(|_| bad())?.units_up()),
+                None if most < u64::MAX => return Err(bad()),
+                None => Amount::Units(units(share)?),
             };
             marks.push(Mark { signal, below });
         }
@@ -210,7 +217,7 @@ impl Eviction {
                     clippy::cast_sign_loss,
                     reason = "a share of a size, as near as a threshold needs it"
                 )]
-                Amount::Percent(percent) => (all as f64 * percent / 100.0) as u64,
+                Amount::Percent(percent, most) => ((all as f64 * percent / 100.0) as u64).min(most),
             };
             (available < below).then_some(Short { signal: mark.signal, below, available })
         };
@@ -456,13 +463,27 @@ mod tests {
 
     #[test]
     fn thresholds_are_written_as_the_kubelets() {
-        let text = "memory.available<100Mi,nodefs.available<10%,nodefs.inodesFree<5%,imagefs.available<15%";
+        let text = "memory.available<100Mi,nodefs.available<10%|10Gi,nodefs.inodesFree<5%,imagefs.available<15%|15Gi";
         assert_eq!(text.parse(), Ok(Eviction::default()));
+        let kubelets = "nodefs.available<10%,imagefs.available<15%".parse::<Eviction>().unwrap();
+        // On a disk of 1000 GiB a share alone is a lot of room to leave empty.
+        let large = |free: u64| Left {
+            node: Some(fs(free << 30, 1000 << 30)),
+            images: Some(fs(free << 30, 1000 << 30)),
+            ..Left::default()
+        };
+        assert_eq!((kubelets.short(&large(99)).len(), Eviction::default().short(&large(99)).len()), (2, 0));
+        assert_eq!((Eviction::default().short(&large(14)).len(), Eviction::default().short(&large(9)).len()), (1, 2));
         assert_eq!(" memory.available < 1Gi ".parse::<Eviction>().unwrap().marks.len(), 1);
         assert_eq!("".parse::<Eviction>().unwrap().short(&left(0, 0, 0)), []);
-        for bad in
-            ["memory<1Gi", "memory.available>1Gi", "memory.available<x", "nodefs.available<101%", "memory.available"]
-        {
+        for bad in [
+            "memory<1Gi",
+            "memory.available>1Gi",
+            "memory.available<x",
+            "nodefs.available<101%",
+            "nodefs.available<10Gi|10%",
+            "memory.available",
+        ] {
             let error = bad.parse::<Eviction>().unwrap_err().to_string();
             assert!(error.starts_with(&format!("{bad:?} is no threshold: SIGNAL<AMOUNT")), "{error}");
         }

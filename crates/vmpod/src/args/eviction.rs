@@ -4,8 +4,8 @@ use clap::Args;
 
 use super::values;
 
-/// The kubelet's thresholds.
-const USUAL: &str = "memory.available<100Mi,nodefs.available<10%,nodefs.inodesFree<5%,imagefs.available<15%";
+/// The kubelet's thresholds, bounded on large disks.
+const USUAL: &str = "memory.available<100Mi,nodefs.available<10%|10Gi,nodefs.inodesFree<5%,imagefs.available<15%|15Gi";
 
 /// When the node runs short of memory or disk.
 #[derive(Clone, Debug, Args)]
