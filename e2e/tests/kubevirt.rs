@@ -322,6 +322,9 @@ async fn runners_are_instances_of_kubevirt() -> Result<()> {
     })
     .await?;
     ensure!(up.kubectl_ok(&["get", "runners", "-o", "name"]).await?.is_empty(), "a runner without a machine");
+    // Nor does it hold up who thinks better of it.
+    up.apply(&pool(&url, "mistake", &json!({}))).await?;
+    up.kubectl_ok(&["delete", "runnerpool", "mistake", "--timeout=30s"]).await?;
 
     install(&up).await?;
     let controller = Controller { client: up.client().await?, gitlab: url.clone(), running: BTreeMap::new() };

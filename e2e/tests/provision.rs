@@ -164,7 +164,8 @@ async fn what_can_not_be_provisioned_is_refused() -> Result<()> {
     };
     let mut on_kubevirt = with(&|_| {});
     on_kubevirt["spec"]["substrate"] = "kubevirt".into();
-    let cases: [(Value, &str); 5] = [
+    let cases: [(Value, &str); 6] = [
+        (with(&|provision| provision["port"] = 22.into()), "port is that of connection winrm"),
         (on_kubevirt, "on substrate kubevirt there is no provision"),
         (with(&|provision| provision["command"] = json!(["sh"])), "name either a playbook or a command"),
         (with(&|provision| provision["playbook"]["git"] = json!({"url": "x"})), "name either configMapRef or git"),

@@ -15,7 +15,7 @@ pub enum Substrate {
 }
 
 /// How a pool's machines are made on `KubeVirt`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct KubeVirt {
     /// An instance type, in place of `resources.cpu` and `resources.memory`.
@@ -34,6 +34,12 @@ pub struct KubeVirt {
     /// A machine is up when this port of its guest takes connections; 0 as soon as it runs.
     #[serde(default = "ssh")]
     pub ready_port: u16,
+}
+
+impl Default for KubeVirt {
+    fn default() -> Self {
+        Self { instancetype: None, preference: None, storage_class_name: None, sysprep: false, ready_port: ssh() }
+    }
 }
 
 /// The name of an instance type or a preference.

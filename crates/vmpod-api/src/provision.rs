@@ -13,8 +13,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(validation = Rule::new("has(self.playbook) != (has(self.command) && size(self.command) > 0)").message("provision runs one thing: name either a playbook or a command"))]
+#[x_kube(validation = Rule::new("!has(self.port) || (has(self.connection) && self.connection == 'winrm')").message("port is that of connection winrm; SSH is always at the machine's own"))]
 pub struct Provision {
-    /// The container's image. For a playbook it has a shell, `ansible-playbook` and what that connects with (an SSH client; for passwords
+    /// The container's image. It has a shell; for a playbook, `ansible-playbook` and what that connects with (an SSH client; for passwords
     /// `sshpass`; for `winrm` pywinrm), and `git` for a playbook of a repository.
     #[schemars(length(min = 1, max = 1024))]
     pub image: String,

@@ -2,6 +2,8 @@
 //!
 //! To the rest of the operator a machine is a Pod, so what is seen of an instance is told as one.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::api::core::v1::{
     ContainerState, ContainerStateTerminated, ContainerStateWaiting, ContainerStatus, Pod, PodCondition, PodSpec,
     PodStatus,
@@ -23,7 +25,7 @@ pub const API: &str = "kubevirt.io/v1";
 /// An image that is a volume to clone begins with it.
 const VOLUME: &str = "pvc://";
 /// The names under which the set-up of Windows looks for answers, in a Secret as `KubeVirt` wants it.
-pub const ANSWERS: [&str; 2] = ["autounattend.xml", "unattend.xml"];
+const ANSWERS: [&str; 2] = ["autounattend.xml", "unattend.xml"];
 
 /// What is read of a `VirtualMachineInstance`.
 #[derive(CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -89,26 +91,27 @@ pub fn runs(spec: &RunnerPoolSpec) -> bool {
 /// cloned volumes) one that runs once.
 #[must_use]
 pub fn kind(spec: &RunnerPoolSpec) -> (&'static str, &'static str) {
-    let usual = KubeVirt::default();
-    let own = spec.kubevirt.as_ref().unwrap_or(&usual);
-    if own.instancetype.is_some() || own.preference.is_some() || spec.image.starts_with(VOLUME) {
+    let typed = spec.kubevirt.as_ref().is_some_and(|own| own.instancetype.is_some() || own.preference.is_some());
+    if typed || spec.image.starts_with(VOLUME) {
         ("VirtualMachine", "virtualmachines")
     } else {
         ("VirtualMachineInstance", "virtualmachineinstances")
     }
 }
 
-/// Whether the user data are answers for Windows' set-up.
+/// What a machine's Secret holds beside its user data: the same as answers, where Windows' set-up is to read it.
 #[must_use]
-pub fn has_answers(spec: &RunnerPoolSpec) -> bool {
-    runs(spec) && spec.kubevirt.as_ref().is_some_and(|own| own.sysprep)
+pub fn answers(spec: &RunnerPoolSpec, user_data: Option<&str>) -> BTreeMap<String, String> {
+    let wanted = runs(spec) && spec.kubevirt.as_ref().is_some_and(|own| own.sysprep);
+    let text = user_data.filter(|_| wanted);
+    text.into_iter().flat_map(|text| ANSWERS.map(|name| (name.to_owned(), text.to_owned()))).collect()
 }
 
 /// A runner's machine, which is given the token that `keep` holds.
 #[must_use]
 pub fn machine(pool: &RunnerPool, runner: &Runner, keep: &Keep) -> Value {
     let spec = &pool.spec;
-    let own = spec.kubevirt.clone().unwrap_or(KubeVirt { ready_port: 22, ..KubeVirt::default() });
+    let own = spec.kubevirt.clone().unwrap_or_default();
     let mut metadata = objects::owned(runner);
     metadata.annotations =
         Some([(objects::CREDENTIAL.to_owned(), objects::fingerprint(keep.expose()))].into_iter().collect());
@@ -322,6 +325,19 @@ mod tests {
         let own = json!({"instancetype": {"name": "u1.large"}, "preference": {"name": "windows.2k22", "namespaced": true},
             "storageClassName": "fast", "sysprep": true, "readyPort": 5986});
         insta::assert_json_snapshot!(made(&pool(json!({"image": "pvc://golden/windows-2022", "kubevirt": own}))));
+    }
+
+    #[test]
+    fn answers_are_where_kubevirt_looks_for_them_and_nowhere_else() {
+        let with = |fields: Value| answers(&pool(fields).spec, Some("<unattend/>"));
+        let told = with(json!({"kubevirt": {"sysprep": true}}));
+        assert_eq!(
+            told.into_iter().collect::<Vec<_>>(),
+            ANSWERS.map(|name| (name.to_owned(), "<unattend/>".to_owned()))
+        );
+        assert!(
+            with(json!({})).is_empty() && answers(&pool(json!({"kubevirt": {"sysprep": true}})).spec, None).is_empty()
+        );
     }
 
     #[test]

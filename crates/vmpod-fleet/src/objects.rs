@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{
-    Container, EnvVar, EnvVarSource, Node, Pod as KubePod, PodSpec, ResourceRequirements, Secret, SecretKeySelector,
+    Container, ContainerStateWaiting, EnvVar, EnvVarSource, Node, Pod as KubePod, PodSpec, ResourceRequirements,
+    Secret, SecretKeySelector,
 };
 use k8s_openapi::api::policy::v1::{PodDisruptionBudget, PodDisruptionBudgetSpec};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -240,13 +241,18 @@ pub fn seen(pod: Option<&KubePod>) -> life::Pod {
         _ if condition("PodScheduled").is_some_and(|scheduled| scheduled.status == "False") => life::Pod::Unschedulable,
         _ => {
             let waiting = container.and_then(|c| c.state.as_ref()?.waiting.as_ref());
-            let why = waiting.and_then(|waiting| {
-                let reason = waiting.reason.clone().filter(|reason| reason != "ContainerCreating")?;
-                Some(waiting.message.as_ref().map_or(reason.clone(), |message| format!("{reason}: {message}")))
-            });
+            let why = waiting.and_then(trouble);
             life::Pod::Waiting(why)
         }
     }
+}
+
+/// Why a container waits, when that isn't the usual way to its start.
+#[must_use]
+pub fn trouble(waiting: &ContainerStateWaiting) -> Option<String> {
+    let usual = ["ContainerCreating", "PodInitializing", "WaitingForMachine"];
+    let reason = waiting.reason.as_ref().filter(|reason| !usual.contains(&reason.as_str()))?;
+    Some(waiting.message.as_ref().map_or_else(|| reason.clone(), |message| format!("{reason}: {message}")))
 }
 
 /// When a pod's machine ended, if it has.

@@ -316,7 +316,7 @@ impl Operator {
         let mut views = Vec::new();
         for part in parts {
             let mut kept = self.kept.remove(&key(part.pool.as_ref())).unwrap_or_default();
-            if !self.sees(&part.pool) {
+            if !self.sees(&part) {
                 self.blind(&part.pool, now).await;
                 self.kept.insert(key(part.pool.as_ref()), kept);
                 continue;
@@ -384,13 +384,15 @@ impl Operator {
         }
     }
 
-    /// Whether a pool's machines can be seen: before that nothing is decided.
-    fn sees(&self, pool: &RunnerPool) -> bool {
+    /// Whether a pool's machines can be seen: before that nothing is decided. One that is to go and has no runner has no machine either,
+    /// since a runner is there before its machine.
+    fn sees(&self, part: &Part) -> bool {
         use futures::FutureExt as _;
         let ready = |store: &reflector::Store<VirtualMachineInstance>| {
             store.wait_until_ready().now_or_never().is_some_and(|ready| ready.is_ok())
         };
-        !kubevirt::runs(&pool.spec) || self.instances.as_ref().is_some_and(ready)
+        let empty = part.runners.is_empty() && part.pool.metadata.deletion_timestamp.is_some();
+        !kubevirt::runs(&part.pool.spec) || empty || self.instances.as_ref().is_some_and(ready)
     }
 
     /// Which nodes take no new pods, and since when as far as is known.

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::{
-    ConfigMapVolumeSource, Container, ContainerPort, ContainerStatus, EmptyDirVolumeSource, EnvVar, EnvVarSource,
-    ObjectFieldSelector, Pod, PodSpec, Secret, SecretKeySelector, SecretVolumeSource, Volume, VolumeMount,
+    ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource, EnvVar, EnvVarSource, ObjectFieldSelector,
+    Pod, PodSpec, Secret, SecretKeySelector, SecretVolumeSource, Volume, VolumeMount,
 };
 use serde_json::{Map, Value, json};
 use vmpod_api::annotations;
 use vmpod_api::provision::{Connection, GitRepository, Provision};
 
+use crate::objects;
 use crate::user_data::Values;
 
 /// The name of the container, and of the volume with what it is told.
@@ -289,13 +290,7 @@ pub fn progress(pod: &Pod) -> Option<Progress> {
                 None => format!("it ended with {}", ended.exit_code),
             })
         }
-        (None, Some(waiting)) => {
-            let usual = ["ContainerCreating", "PodInitializing", "WaitingForMachine"];
-            let reason = waiting.reason.clone().filter(|reason| !usual.contains(&reason.as_str()));
-            let words = reason.into_iter().chain(waiting.message.clone()).collect::<Vec<_>>();
-            let matters = waiting.reason.as_deref().is_some_and(|reason| !usual.contains(&reason));
-            Progress::Open(matters.then(|| words.join(": ")))
-        }
+        (None, Some(waiting)) => Progress::Open(objects::trouble(waiting)),
         (None, None) => Progress::Open(None),
     })
 }
@@ -303,9 +298,9 @@ pub fn progress(pod: &Pod) -> Option<Progress> {
 /// Whether the container of a pod's machine is ready: the pod as a whole is not, once its provisioning has ended.
 #[must_use]
 pub fn machine_ready(pod: &Pod) -> bool {
-    let statuses = |pod: &Pod| -> Option<Vec<ContainerStatus>> { pod.status.as_ref()?.container_statuses.clone() };
-    let machine = pod.spec.as_ref().and_then(|spec| spec.containers.first()).map(|container| container.name.as_str());
-    statuses(pod).unwrap_or_default().iter().any(|status| Some(status.name.as_str()) == machine && status.ready)
+    let machine = pod.spec.as_ref().and_then(|spec| spec.containers.first()).map(|container| &container.name);
+    let statuses = pod.status.as_ref().and_then(|status| status.container_statuses.as_deref()).unwrap_or_default();
+    statuses.iter().any(|status| Some(&status.name) == machine && status.ready)
 }
 
 #[cfg(test)]

@@ -89,10 +89,15 @@ fn owner(path: &Path) -> Option<u32> {
 
 /// Takes the machine's lock, to start a process; an error tells who has it.
 pub(crate) fn take_to_start(dir: &MachineDir) -> Result<File, HypervisorError> {
-    match take_lock(dir)? {
+    take_from_nobody(&dir.file(LOCK), || holder(dir))
+}
+
+/// The same for any lock; `holder` tells who has it.
+pub(crate) fn take_from_nobody(lock: &Path, holder: impl Fn() -> Option<u32>) -> Result<File, HypervisorError> {
+    match take(lock)? {
         Lock::Taken(lock) => Ok(lock),
         Lock::Held | Lock::Absent => {
-            let holder = holder(dir).map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
+            let holder = holder().map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
             Err(HypervisorError::Occupied { holder })
         }
     }

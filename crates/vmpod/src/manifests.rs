@@ -2,6 +2,7 @@
 
 use anyhow::Result;
 use serde_json::json;
+use vmpod_image::Reference;
 
 use crate::args::Manifests;
 use crate::output;
@@ -23,10 +24,9 @@ fn text(args: &Manifests) -> Result<String> {
     let kinds = vmpod_api::definitions().into_iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>()?;
     let kinds = kinds.iter().map(|kind| format!("---\n{kind:#}\n")).collect::<Vec<_>>().concat();
     let Some(image) = &args.image else { return Ok(kinds) };
-    let word = |c: char| c.is_ascii_alphanumeric() || "-._:/@".contains(c);
-    if image.is_empty() || !image.chars().all(word) {
+    if let Err(error) = Reference::parse(image) {
         return Err(Remedy::new(
-            format!("{image:?} is no container image"),
+            format!("{image:?} is no container image: {error}"),
             "name one, such as registry.example.com/vmpod:1",
         )
         .into());

@@ -153,13 +153,6 @@ impl Operator {
                     }
                 }
                 let data = data.map(|data| objects::has_user_data(&pool.spec).then_some(data));
-                let answers = |data: &Option<String>| -> BTreeMap<String, String> {
-                    let text = data.as_ref().filter(|_| kubevirt::has_answers(&pool.spec));
-                    text.map(|text| kubevirt::ANSWERS.map(|name| (name.to_owned(), text.clone())))
-                        .into_iter()
-                        .flatten()
-                        .collect()
-                };
                 let told = match values {
                     None => Ok(BTreeMap::new()),
                     Some((_, Err(trouble))) => Err(trouble),
@@ -172,7 +165,7 @@ impl Operator {
                 };
                 match data.and_then(|data| Ok((data, told?))) {
                     Ok((data, mut told)) => {
-                        told.extend(answers(&data));
+                        told.extend(kubevirt::answers(&pool.spec, data.as_deref()));
                         // Whatever an operator before this one put there: its token may be gone since.
                         let secret = objects::secret(runner, data, told);
                         let apply = PatchParams::apply(MANAGER).force();

@@ -10,7 +10,7 @@ use super::{SOCKET, VARIABLES, shares, tpm};
 use crate::spec::{
     Accel, Arch, Boot, Devices, DiskFormat, Firmware, Forward, GuestOs, Network, Protocol, SeedForm, Snapshot, Spec,
 };
-use crate::{renewal, template};
+use crate::{renewal, seed, template};
 
 /// The arguments of the QEMU process for `spec`.
 ///
@@ -220,9 +220,9 @@ pub(super) fn disk_node(index: usize) -> String {
 /// nobody would see why.
 fn disks(line: &mut Line, spec: &Spec) {
     // Windows looks for answers on discs, and finds them without a driver that it may not have yet.
-    let disc = spec.seed.as_ref().is_some_and(|seed| seed.form == SeedForm::ConfigDrive)
-        || (spec.seed.is_some() && spec.devices == Devices::Emulated);
-    if disc || spec.devices == Devices::Emulated {
+    let emulated = spec.devices == Devices::Emulated;
+    let disc = spec.seed.as_ref().is_some_and(|seed| emulated || seed.form == SeedForm::ConfigDrive);
+    if disc || emulated {
         // A controller of our own: its ports have the same names on every kind of machine.
         line.add("-device", "ich9-ahci,id=sata");
     }
@@ -253,8 +253,7 @@ fn disks(line: &mut Line, spec: &Spec) {
     }
     if spec.seed.is_some() {
         // A copy goes on with the disk that the snapshot's guest saw; what is its own it hears otherwise.
-        let file =
-            spec.template().map_or_else(|| crate::seed::FILE.into(), |template| template.join(crate::seed::FILE));
+        let file = spec.template().map_or_else(|| seed::FILE.into(), |template| template.join(seed::FILE));
         let drive = json!({
             "driver": "raw", "node-name": "seed", "read-only": true,
             "file": {"driver": "file", "filename": file, "read-only": true},

@@ -16,7 +16,7 @@ use command_fds::{CommandFdExt, FdMapping};
 
 use crate::directory::MachineDir;
 use crate::hypervisor::HypervisorError;
-use crate::lock::{self, Lock};
+use crate::lock;
 use crate::session;
 use crate::spec::Spec;
 
@@ -64,14 +64,8 @@ impl<'a> Tpm<'a> {
         let path = dir.file(STATE);
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
         made.map_err(HypervisorError::io(format!("can't make {}", path.display())))?;
-        let lock = match lock::take(&dir.file(LOCK))? {
-            Lock::Taken(lock) => lock,
-            Lock::Held | Lock::Absent => {
-                let holder = lock::by_standard_input(&dir.file(LOCK));
-                let holder = holder.map_or_else(|| "unknown".to_owned(), |pid| format!("process {pid}"));
-                return Err(HypervisorError::Occupied { holder });
-            }
-        };
+        let path = dir.file(LOCK);
+        let lock = lock::take_from_nobody(&path, || lock::by_standard_input(&path))?;
         let (end, qemus) = UnixStream::pair().map_err(HypervisorError::io("can't make a connection"))?;
         let mapping = FdMapping { parent_fd: OwnedFd::from(qemus), child_fd: DESCRIPTOR };
         Ok(Some((Self { dir, end, lock }, mapping)))

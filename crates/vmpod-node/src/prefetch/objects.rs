@@ -1,7 +1,7 @@
 //! Images that `ImagePrefetch` objects ask for.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -17,10 +17,10 @@ use kube::{
 use serde_json::json;
 use vmpod_api::prefetch::{ImagePrefetch, NodeImages, PrefetchPhase};
 
-use super::{one, wait};
+use super::{one, present, wait};
 use crate::{error_chain, image_pull, options::Registries, world::World};
 
-/// How often what is there is looked at again: images go when the room is short, and come again when there is some.
+/// How often what is there is looked at again.
 const AGAIN: Duration = Duration::from_mins(10);
 /// How long an API that has no such kind is left alone at most; at first it is asked again soon, because the kind may be on its way.
 const UNKNOWN: Duration = Duration::from_mins(5);
@@ -62,10 +62,32 @@ fn told(outcomes: &[(String, Option<Result<(), String>>)], before: Option<&NodeI
     }
 }
 
+/// What there is to do about an image.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    /// Nothing but to tell.
+    Told(Result<(), String>),
+    Fetch,
+}
+
+/// What was there and isn't any more went because the room was short, or by somebody's hand: fetched again it would go again.
+fn next(present: Result<bool, String>, had: bool) -> Next {
+    match present {
+        Ok(true) => Next::Told(Ok(())),
+        Ok(false) if had => {
+            Next::Told(Err("it was removed from this node; it is fetched again when the object changes".to_owned()))
+        }
+        Ok(false) => Next::Fetch,
+        Err(why) => Next::Told(Err(why)),
+    }
+}
+
 /// What is kept of an object between two looks.
 #[derive(Default)]
 struct Kept {
     generation: Option<i64>,
+    /// Images that were there once, since the object is as it is.
+    had: HashSet<String>,
     failures: u32,
     /// Not to be looked at before.
     due: Option<tokio::time::Instant>,
@@ -141,12 +163,20 @@ async fn look(world: &Arc<World>, object: &ImagePrefetch, kept: &mut Kept) {
     let registries = registries(world, object).await;
     for index in 0..outcomes.len() {
         let image = outcomes[index].0.clone();
-        let quick = matches!(super::present(&world.store, &image).await, Ok(true));
-        if !quick {
-            tell(world, object, &outcomes, &mut last).await;
+        let outcome = match next(present(&world.store, &image).await, kept.had.contains(&image)) {
+            Next::Told(outcome) => outcome,
+            Next::Fetch => {
+                // A try that is one of many is told when it has failed or not.
+                if kept.failures == 0 {
+                    tell(world, object, &outcomes, &mut last).await;
+                }
+                one(&world.store, &registries, &image).await.map(drop)
+            }
+        };
+        if outcome.is_ok() {
+            kept.had.insert(image);
         }
-        let had = one(&world.store, &registries, &image).await;
-        outcomes[index].1 = Some(had.map(drop));
+        outcomes[index].1 = Some(outcome);
     }
     tell(world, object, &outcomes, &mut last).await;
     let failed = outcomes.iter().any(|(_, outcome)| matches!(outcome, Some(Err(_))));
@@ -213,6 +243,14 @@ mod tests {
         assert!(
             !chosen(&object(json!({"site": "gcp"})), Some(&node)) && !chosen(&object(json!({"site": "bkk"})), None)
         );
+    }
+
+    #[test]
+    fn what_was_removed_is_not_fetched_over_and_over() {
+        assert_eq!(next(Ok(false), false), Next::Fetch);
+        assert_eq!(next(Ok(true), true), Next::Told(Ok(())));
+        assert!(matches!(next(Ok(false), true), Next::Told(Err(why)) if why.contains("was removed from this node")));
+        assert_eq!(next(Err("no such name".to_owned()), false), Next::Told(Err("no such name".to_owned())));
     }
 
     #[test]
